@@ -269,14 +269,17 @@ def _arguments(config: TrainConfig, folder: Path, steps: int, batches: int, vali
                      precompute_ref_log_probs=config.sharing != "none" or config.lora_r == 0)
 
 # %% ../nbs/08_train.ipynb #bc33ea4e
-def _adapter(config: TrainConfig, layers: int):
+def _adapter(config: TrainConfig, model):
     "LoRA on every linear layer but the head, in all or the last `lora_layers` layers; None for full fine-tuning."
     from peft import LoraConfig
 
     if not config.lora_r:
         return None
+    layers = model.config.get_text_config().num_hidden_layers
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.base_model.layers.named_modules()
+              if isinstance(module, torch.nn.Linear)}
     last = list(range(layers - config.lora_layers, layers)) if 0 < config.lora_layers < layers else None
-    return LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=0.0, target_modules="all-linear",
+    return LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, lora_dropout=0.0, target_modules=sorted(linear),
                       layers_to_transform=last, layers_pattern="layers" if last else None, task_type="CAUSAL_LM")
 
 # %% ../nbs/08_train.ipynb #7719a1c7
@@ -450,7 +453,7 @@ def _build_trainer(model, tokenizer, ready, held, config, out, top):
     trainer = trainer_class(config.method)(
         model=model, args=_arguments(config, out / "checkpoints", steps, batches, bool(held)),
         train_dataset=_dataset(ready, 0, config), eval_dataset=_dataset(held, len(ready), config) if held else None,
-        processing_class=tokenizer, peft_config=_adapter(config, model.config.get_text_config().num_hidden_layers),
+        processing_class=tokenizer, peft_config=_adapter(config, model),
         data_collator=PackedCollator(config.sharing, states, top or 0) if packed else None)
     from transformers import PrinterCallback
     trainer.remove_callback(PrinterCallback)
