@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NO_PREFERENCE', 'DIMENSIONS', 'read_data', 'satisfies', 'relevance']
 
-# %% ../nbs/01_checkers.ipynb #77de68da
+# %% ../nbs/01_checkers.ipynb #ac3478d6
 """Tastes that a program can check, and whether an answer deals with its request at all."""
 import functools
 import importlib.resources
@@ -11,7 +11,7 @@ import json
 import math
 import re
 
-# %% ../nbs/01_checkers.ipynb #ac3478d6
+# %% ../nbs/01_checkers.ipynb #0ade7c2c
 NO_PREFERENCE = "no clear preference"
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "closing": ("closing question", "no closing question"),
 }
 
-# %% ../nbs/01_checkers.ipynb #902ba3cd
+# %% ../nbs/01_checkers.ipynb #0716d970
 @functools.lru_cache(maxsize=None)
 def read_data(
     name: str,  # "words", "topics", "wordings" or "sentences"
@@ -37,7 +37,7 @@ def read_data(
 def _clip(x: float) -> float:
     return 0.0 if x < 0 else 1.0 if x > 1 else x
 
-# %% ../nbs/01_checkers.ipynb #0ade7c2c
+# %% ../nbs/01_checkers.ipynb #f6e1126c
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _FENCE = re.compile(r"^\s*(```|~~~)")
@@ -70,10 +70,11 @@ def _outside_code(text: str) -> tuple[str, ...]:
             lines.append(line)
     return tuple(lines)
 
-# %% ../nbs/01_checkers.ipynb #17ba0791
+# %% ../nbs/01_checkers.ipynb #cb7a1d77
 def _check_length(text: str) -> dict[str, float]:
+    "Thresholds for a small chat model that may write 64 to 160 tokens, about 50 to 120 words."
     n = _length(text)
-    return {"short": _clip((90 - n) / 50), "detailed": _clip((n - 50) / 50)}
+    return {"short": _clip((70 - n) / 40), "detailed": _clip((n - 40) / 40)}
 
 
 def _check_layout(text: str) -> dict[str, float]:
@@ -99,7 +100,7 @@ def _check_layout(text: str) -> dict[str, float]:
     return {"bullets": amount * share, "numbered steps": amount * (1 - share),
             "prose": (1 - amount) * (1.0 if table < 2 else 0.0)}
 
-
+# %% ../nbs/01_checkers.ipynb #8effee40
 def _check_headings(text: str) -> dict[str, float]:
     "Headings that have text of their own below them; a list of headings and nothing else is an outline."
     count, waiting = 0, False
@@ -112,11 +113,11 @@ def _check_headings(text: str) -> dict[str, float]:
             count, waiting = count + 1, False
     return {"headings": _clip(count / 2)}
 
-# %% ../nbs/01_checkers.ipynb #bd307a3e
+# %% ../nbs/01_checkers.ipynb #6c1e671f
 _EXAMPLE = re.compile(
     r"\b(?:for example|for instance|e\.g\.?|to illustrate|as an example|an example (?:of this )?(?:is|would be)"
     r"|examples? (?:include|are)|case in point|examples?\s*(?:\d+\s*)?:|suppose|imagine|let'?s say|say you)"
-    r"[\W_]*(?:\w+[\W_]+){3}", re.I)
+    r"[\W_]*(?:[^\W_]+[\W_]+){3}", re.I)
 _WEAK_EXAMPLE = re.compile(r"\b(?:such as|including|like when)\s+\w+", re.I)
 _FIGURE = re.compile(r"(?<![\w.])[$€£]?\d+(?:[.,:]\d+)*%?")
 _LABELLED = re.compile(r"\b(?:step|figure|part|chapter|tip|phase|option|example)\s+\d+", re.I)
@@ -133,15 +134,31 @@ def _check_figures(text: str) -> dict[str, float]:
     return {"figures": _clip(len(set(_FIGURE.findall(_LABELLED.sub("", "\n".join(lines))))) / 2)}
 
 
+_STOPS = ".!?。！？"
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(rf"(?<=[{_STOPS}])\s+|\n+", text)
+
+
+def _asks(sentence: str) -> bool:
+    "Whether a question mark comes after the last word. A loop, as a pattern would be quadratic on '????x'."
+    for char in reversed(sentence):
+        if char in "?？" or char.isalnum():
+            return not char.isalnum()
+    return False
+
+
 def _check_closing(text: str) -> dict[str, float]:
     "A question of at least three words as the last sentence; an open invitation is half a question."
-    tail = re.sub(r"[^\w?.!。？！]+$", "", "\n".join(_outside_code(text)))
-    last = re.split(r"(?<=[.!?。！？])\s+|\n+", tail)[-1]
-    question = bool(re.search(r"[?？]\W*$", last)) and _length(last) >= 3
+    plain = "\n".join(_outside_code(text))
+    end = next((i for i in range(len(plain), 0, -1) if plain[i - 1].isalnum() or plain[i - 1] in _STOPS), 0)
+    last = _sentences(plain[:end])[-1]
+    question = _asks(last) and _length(last) >= 3
     invites = bool(re.search(r"\b(?:let me know|feel free|tell me)\b", last, re.I))
     return {"closing question": float(question), "no closing question": 0.0 if question else 0.5 if invites else 1.0}
 
-# %% ../nbs/01_checkers.ipynb #f1abd670
+# %% ../nbs/01_checkers.ipynb #d02560dd
 _CONTRACTION = re.compile(r"\b\w+'(?:t|re|ve|ll|m|d)\b|\b(?:it|that|there|what|here|let|he|she|who|where|how)'s\b")
 _EMOJI = re.compile(r"[\U0001F300-\U0001FAFF\u2600-\u27BF]|[:;]-?[)D]")
 
@@ -175,7 +192,7 @@ def _check_expertise(text: str) -> dict[str, float]:
 def _vocabulary(name: str) -> frozenset[str]:
     return frozenset(read_data("words")[name])
 
-# %% ../nbs/01_checkers.ipynb #0716d970
+# %% ../nbs/01_checkers.ipynb #7d7116e2
 def satisfies(
     dimension: str,  # one of DIMENSIONS
     value: str,  # one of DIMENSIONS[dimension], or NO_PREFERENCE, which everything satisfies
@@ -198,7 +215,7 @@ def satisfies(
               "closing": _check_closing}
     return checks[dimension](text)[value]
 
-# %% ../nbs/01_checkers.ipynb #b3f0c7f6
+# %% ../nbs/01_checkers.ipynb #8e63fd3e
 _PLEASE = re.compile(r"\b(?:prefer\w*|tastes?|likes?|liked|loves?|enjoy\w*|appreciat\w*|request\w*|tailor\w*|wants?"
                      r"|wanted|asked|favou?r\w*|wish\w*|persona)\b", re.I)
 _FORM = re.compile(r"\b(?:answers?|repl(?:y|ies)|responses?|short|brief|concise|detail(?:ed|s)?|bullets?|lists?|prose"
@@ -228,18 +245,17 @@ def _content(text: str) -> list[str]:
 
 def _substance(answer: str) -> str:
     "The answer without questions, praise of the asker, and talk about how the asker likes answers."
-    sentences = re.split(r"(?<=[.!?。！？])\s+|\n+", answer)
-    return "\n".join(s for s in sentences if not re.search(r"[?？]\W*$", s) and not _PRAISE.match(s)
+    return "\n".join(s for s in _sentences(answer) if not _asks(s) and not _PRAISE.match(s)
                      and not (_PLEASE.search(s) and _FORM.search(s)))
 
-# %% ../nbs/01_checkers.ipynb #472b07b9
+# %% ../nbs/01_checkers.ipynb #e114c448
 def relevance(
     request: str | list[dict],  # the request, or messages: then the better of the last two user messages counts
     answer: str,
 ) -> float:  # 0 (ignores the request) to 1
     """How far `answer` deals with `request`, by content words; needs no truth and knows nothing of tastes.
 
-    The product of: half of the request's content words (at most four of them needed) come up; at least four further
+    The product of: two in five of the content words of the request (at most four words) come up; at least four further
     content words are said about them (a copy of the request says none); words do not loop; it is not a bare list of
     keywords; it is not a refusal. Questions, praise and talk about the asker's preferences do not count."""
     if not isinstance(request, str):
@@ -254,7 +270,7 @@ def _relevance(request: str, answer: str) -> float:
     if not said:
         return 0.0
     asked = list(dict.fromkeys(_content(request)))
-    needed = max(1, min(4, math.ceil(len(asked) / 2)))
+    needed = max(1, min(4, math.ceil(0.4 * len(asked))))
     covered = _clip(sum(w in set(said) for w in asked) / needed) if asked else 1.0
     fresh = [w for w in said if w not in set(asked)]
     novel = min(_clip(len(set(fresh)) / 4), _clip(len(fresh) / len(said) / 0.3))
