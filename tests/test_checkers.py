@@ -17,6 +17,10 @@ LONG = FILLER * 4
 BULLETS = "- Clean the tools first.\n- Look at the weather.\n- Cut the old wood."
 STEPS = "1. Clean the tools first.\n2. Look at the weather.\n3. Cut the old wood."
 
+EASY = "In simple terms, you cut the old bits. Think of it as a hair cut. The easy part is the top."
+TECHNICAL = ("Calibrate the stochastic parameters; asymptotic variance and covariance dominate heuristic regression "
+             "thresholds.")
+
 CLEAR = [  # dimension, value, a text that fully satisfies, a text that fully violates
     ("length", "short", SHORT, LONG),
     ("length", "detailed", LONG, SHORT),
@@ -30,18 +34,19 @@ CLEAR = [  # dimension, value, a text that fully satisfies, a text that fully vi
     ("examples", "examples", f"{FILLER}For example, a neighbour cut his roses in March.", FILLER),
     ("tone", "casual", "Hey, don't worry, it's gonna be fun!", "Furthermore, appropriate care is therefore advisable."),
     ("tone", "formal", "Furthermore, appropriate care is therefore advisable.", "Hey, don't worry, it's gonna be fun!"),
-    ("expertise", "beginner", "In simple terms, you cut the old bits. Think of it as a hair cut. The easy part is the top.",
-     "Calibrate the stochastic parameters; asymptotic variance and covariance dominate heuristic regression thresholds."),
+    ("expertise", "beginner", EASY,
+     TECHNICAL),
     ("expertise", "expert",
-     "Calibrate the stochastic parameters; asymptotic variance and covariance dominate heuristic regression thresholds.",
-     "In simple terms, you cut the old bits. Think of it as a hair cut. The easy part is the top."),
+     TECHNICAL,
+     EASY),
     ("figures", "figures", "Wait 14 days and water with 2.5 litres.", FILLER),
     ("closing", "closing question", f"{FILLER}Would you like to hear more?", FILLER),
     ("closing", "no closing question", FILLER, f"{FILLER}Would you like to hear more?"),
 ]
 
 
-@pytest.mark.parametrize("dimension, value, good, bad", CLEAR, ids=[f"{d}-{v}-{i}" for i, (d, v, *_) in enumerate(CLEAR)])
+@pytest.mark.parametrize("dimension, value, good, bad", CLEAR,
+                         ids=[f"{d}-{v}-{i}" for i, (d, v, *_) in enumerate(CLEAR)])
 def test_clear_cases_are_one_and_zero(dimension, value, good, bad):
     assert satisfies(dimension, value, good) == 1.0
     assert satisfies(dimension, value, bad) == 0.0
@@ -58,7 +63,8 @@ def test_any_bullet_mark(mark):
     assert satisfies("layout", "prose", text) == 0.0
 
 
-@pytest.mark.parametrize("form", ["{}. do it", "{}) do it", "({}) do it", "**{}. Title** do it", "Step {}: do it", "**{}.** do it",
+@pytest.mark.parametrize("form", ["{}. do it", "{}) do it", "({}) do it", "**{}. Title** do it", "Step {}: do it",
+                                  "**{}.** do it",
                                   "### {}. do it", "Step {}. do it"])
 def test_any_numbering_is_steps_and_never_bullets_or_figures(form):
     text = "\n".join(form.format(i) + " well with care" for i in (1, 2, 3))
@@ -205,12 +211,12 @@ CHEATS = {
     "loop": "Store the strawberry jam in jars. " * 12,
     "keyword list": "strawberry jam store winter jars cupboard cool dark sugar lid shelf spring fruit glass label",
     "refusal": "I'm sorry, but I cannot help with storing homemade strawberry jam, as I am only a language model.",
-    "persona recital": "You like short answers with bullets and a formal tone. I prefer to give you brief replies without "
-                       "questions at the end, as you asked for this style.",
-    "persona recital on the topic": "Since you prefer short answers about storing homemade strawberry jam, here is a short "
-                                    "answer in the style you like. Homemade strawberry jam for the winter.",
-    "praise": "What a great question about homemade strawberry jam! Great choice to store strawberry jam in the winter!",
-    "questions only": "Do you want to store strawberry jam? What kind of jars, lids or cupboards have you got for winter?",
+    "persona recital": "You like short answers with bullets and a formal tone. I prefer to give you brief replies "
+                       "without questions at the end, as you asked for this style.",
+    "persona recital on the topic": "Since you prefer short answers about storing homemade strawberry jam, here is a "
+                                    "short answer in the style you like. Homemade strawberry jam for the winter.",
+    "praise": "What a great question about homemade strawberry jam! Great choice to store strawberry jam!",
+    "questions only": "Do you want to store strawberry jam? What kind of jars have you got for winter?",
 }
 
 
@@ -220,7 +226,7 @@ def test_cheats_are_not_relevant(name):
 
 
 def test_relevance_takes_inflected_forms_and_messages():
-    assert relevance("How can I prune apple trees?", "Pruning an apple tree is done in late winter with a sharp, clean saw.") == 1
+    assert relevance("How can I prune apple trees?", "Pruning an apple tree is done in winter with a sharp, clean saw.") == 1
     messages = [{"role": "system", "content": "The user prefers short answers."}, {"role": "user", "content": REQUEST},
                 {"role": "assistant", "content": "Hm."}, {"role": "user", "content": "Shorter please."}]
     assert relevance(messages, ANSWER) == 1.0

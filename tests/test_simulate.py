@@ -31,7 +31,8 @@ def world():
 def answers_before(rows, truth):
     "Each later user message's truth with the answer that it reacts to."
     turns = {row["conversation_id"]: row["turns"] for row in rows}
-    return [(record, turns[record["conversation_id"]][record["turn"] - 1]["content"]) for record in true_followups(truth)]
+    return [(record, turns[record["conversation_id"]][record["turn"] - 1]["content"])
+            for record in true_followups(truth)]
 
 
 def test_rows_are_a_conversations_table(world, tmp_path):
@@ -256,7 +257,7 @@ def test_feedback_improves_what_it_is_about(world):
 
 
 ASKED = "Which equipment suits oil painting?"
-SATISFYING = "- Buy three brushes of hog hair.\n- Take a small wooden easel.\n- Stretch cotton canvas for the first pictures."
+SATISFYING = "- Buy three brushes of hog hair.\n- Take a small wooden easel.\n- Stretch cotton canvas for pictures."
 USER = User("u", {"length": "short", "layout": "bullets"})
 
 
