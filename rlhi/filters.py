@@ -21,7 +21,7 @@ from .simulate import satisfaction
 # %% ../nbs/07_filters.ipynb #17ba0791
 REASONS = {
     "no reward": "the scorer gave none, for the text is too long for it",
-    "cut": "the chosen side was cut at the token limit, and the trainer would teach to stop there",
+    "cut": "the chosen side was cut at the token limit and the rejected one was not",
     "empty answer": "one side has no word in it",
     "identical": "both sides are the same text",
     "near-identical": "both sides share nearly all their word triples",
@@ -180,7 +180,7 @@ def filter_pairs(
     max_gap: float | str | None = None,  # largest reward gap
     near: float = 0.9,  # similarity from which two sides count as the same
     refusals: bool = True,  # drop refusals
-    cut: bool = True,  # drop chosen answers that were cut at the token limit
+    cut: bool = True,  # drop pairs of a cut chosen answer and a finished rejected one
     language: bool = False,  # drop chosen answers in another language than the request
 ) -> list[dict]:  # all pairs, each with kept and reason
     """Judge every pair and lose none: a dropped one stays, with the first reason found against it.

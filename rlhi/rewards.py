@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'with_persona', 'without_persona', 'general_quality', 'PreferenceChecker', 'check_lengths',
-           'score_sequences', 'RewardModel', 'visible', 'fenced', 'JudgeReward', 'tensor_header', 'copy_tensors',
-           'athene_folder', 'athene_weights', 'save_athene_tokenizer', 'convert_athene']
+           'score_sequences', 'RewardModel', 'visible', 'fenced', 'JudgeReward', 'make_scorer', 'tensor_header',
+           'copy_tensors', 'athene_folder', 'athene_weights', 'save_athene_tokenizer', 'convert_athene']
 
 # %% ../nbs/06_rewards.ipynb #ac3478d6
 import json
@@ -17,7 +17,7 @@ import struct
 import warnings
 from pathlib import Path
 
-from .generate import read_prompt, resolve_model
+from .generate import load_backend, read_prompt, resolve_model
 from .personas import system_message
 from .simulate import NO_PREFERENCE, relevance, satisfies
 
@@ -277,7 +277,19 @@ class JudgeReward:
         return [float(sum(p * int(g) for p, g in zip(row, self.grades)))
                 for row in self.backend.choose(asked, list(self.grades))]
 
-# %% ../nbs/06_rewards.ipynb #6216f8a7
+# %% ../nbs/06_rewards.ipynb #a1422e6a
+def make_scorer(
+    name: str,  # "checker", "judge:MODEL" (MODEL as for `load_backend`), or a reward model's folder or Hub id
+    **options,  # of RewardModel, or of the judge's backend
+):  # a scorer
+    """Make a scorer from the one word that a profile or the command line gives."""
+    if name == "checker":
+        return PreferenceChecker(**options)
+    if name.startswith("judge:"):
+        return JudgeReward(load_backend(name.removeprefix("judge:"), **options))
+    return RewardModel(name, **options)
+
+# %% ../nbs/06_rewards.ipynb #d0e2dbb0
 def tensor_header(
     file: Path,  # a .safetensors file
 ) -> tuple[dict, int]:  # {name: dtype, shape, data_offsets}, byte at which the data begin
@@ -313,7 +325,7 @@ def copy_tensors(
             for position in range(first, last, chunk):
                 out.write(old.read(min(chunk, last - position)))
 
-# %% ../nbs/06_rewards.ipynb #e993215b
+# %% ../nbs/06_rewards.ipynb #a2e33d34
 def athene_folder(
     src: str | Path,  # folder or Hub id
 ) -> Path:  # local folder with config, tokenizer and safetensors
@@ -361,7 +373,7 @@ def save_athene_tokenizer(
     tokenizer.save_pretrained(dst)
     return tokenizer.pad_token_id
 
-# %% ../nbs/06_rewards.ipynb #efa6e44d
+# %% ../nbs/06_rewards.ipynb #8bd7954c
 def convert_athene(
     src: str | Path,  # folder or Hub id of an Athene-RM checkpoint
     dst: str | Path,  # folder to write; loads with AutoModelForSequenceClassification

@@ -178,10 +178,19 @@ def test_best_and_worst():
     assert filter_pairs([pair], answer_characters=(1, 9))[0]["reason"] == "tie"
 
 
-def test_a_cut_chosen_answer_is_dropped_and_a_cut_rejected_one_is_not():
-    cut, = best_against_worst([candidate(["a", "b"], ["stop", "length"])], Scorer(a=1, b=2), PERSONAS)
-    fine, = best_against_worst([candidate(["a", "b"], ["length", "stop"])], Scorer(a=1, b=2), PERSONAS)
-    assert (cut["kept"], cut["reason"], fine["kept"]) == (False, "cut", True)
+@pytest.mark.parametrize("worst, best, finish, dropped", [
+    ("Yes.", "And so", ["stop", "length"], True),  # only the chosen side is cut
+    ("Yes.", "So.", ["length", "stop"], False),
+    ("And then", "And so", ["length", "length"], False),  # both are cut: the ending tells nothing
+    ("```\ncode.", "And so", ["length", "length"], False),
+])
+def test_a_cut_chosen_answer_against_a_finished_one_is_dropped(worst, best, finish, dropped):
+    pair, = best_against_worst([candidate([worst, best], finish)], Scorer(**{worst: 1, best: 2}), PERSONAS)
+    assert (not pair["kept"], pair["reason"] == "cut") == (dropped, dropped)
+
+
+def test_the_cut_filter_may_be_left_off():
+    cut, = best_against_worst([candidate(["a.", "b"], ["stop", "length"])], Scorer(**{"a.": 1, "b": 2}), PERSONAS)
     assert filter_pairs([cut])[0]["reason"] == "cut" and filter_pairs([cut], cut=False, answer_characters=(1, 9))[0]["kept"]
 
 
@@ -219,7 +228,7 @@ def test_the_same_answers_change_places_with_the_user():
 # -- other arms, ids, tables
 
 def test_sft_rows():
-    kept, dropped = (make_pair("UGR", candidate([]), None, ROWS[0]["turns"][:1], "yes", "no", end) for end in ("stop", "length"))
+    kept, dropped = (make_pair("UGR", candidate([]), None, ROWS[0]["turns"][:1], "yes", "no.", end) for end in ("stop", "length"))
     row, = sft_rows([kept, dropped])
     assert (row["prompt"], row["completion"]) == (ROWS[0]["turns"][:1], [{"role": "assistant", "content": "yes"}])
     logged = logged_sft_rows(ROWS, PERSONAS)
