@@ -45,7 +45,8 @@ rows_of_talk = st.lists(st.fixed_dictionaries({
         lambda moment: moment.replace(tzinfo=timezone.utc)),
     "language": st.none() | text, "country": st.none() | text, "model": st.none() | text,
     "toxic": st.none() | st.booleans(),
-    "turns": st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": text})),
+    "turns": st.lists(st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": text})),
 }), max_size=5)
 
 
@@ -145,7 +146,8 @@ def write_wildchat(path, rows, **options):
 def test_wildchat_shards_as_published(tmp_path):
     shards = tmp_path / "data"
     write_wildchat(shards / "train-00000-of-00002.parquet", [wildchat_row(0), wildchat_row(1, agent="Chrome")])
-    write_wildchat(shards / "train-00001-of-00002.parquet", [wildchat_row(2, toxic=True), wildchat_row(3, address=None)])
+    write_wildchat(shards / "train-00001-of-00002.parquet",
+                   [wildchat_row(2, toxic=True), wildchat_row(3, address=None)])
     rows, rejected = read_conversations(shards)
     assert rejected == []
     assert [r["conversation_id"] for r in rows] == ["h0", "h1", "h2", "h3"]
@@ -166,7 +168,8 @@ def test_the_moderation_columns_are_never_read(tmp_path):
     with open(path, "r+b") as file:
         for i in range(group.num_columns):
             chunk = group.column(i)
-            if "moderation" in chunk.path_in_schema or chunk.path_in_schema.startswith("conversation.list.element.header"):
+            name = chunk.path_in_schema
+            if "moderation" in name or name.startswith("conversation.list.element.header"):
                 start = chunk.dictionary_page_offset or chunk.data_page_offset
                 file.seek(start)
                 file.write(b"\xff" * chunk.total_compressed_size)
@@ -235,7 +238,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body: self.wfile.write(data)
     do_POST = do_GET
-    def answer_post(self): self.answer()
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 import os
@@ -254,15 +256,15 @@ except FileNotFoundError as error:
 
 def test_a_dataset_of_the_hub_at_one_commit(tmp_path):
     """A local server speaks the Hub's protocol; only the wanted byte ranges may be fetched."""
-    big = [{"category_scores": {"hate": i / 7e5}, "flagged": False} for i in range(4000)]
     for shard in range(2):
-        write_wildchat(tmp_path / f"hub/data/train-{shard:05}-of-00002.parquet", row_group_size=10, use_dictionary=False,
-                       rows=[wildchat_row(i % 28, conversation_hash=f"h{shard}-{i}",
-                                          openai_moderation=[{**m, "category_scores": {"hate": m["category_scores"]["hate"] * (i + 1.1)}}
-                                                             for m in big]) for i in range(30)])
+        rows = [wildchat_row(i % 28, conversation_hash=f"h{shard}-{i}", openai_moderation=[
+            {"category_scores": {"hate": (i + 1.1) * n / 7e5}, "flagged": False} for n in range(4000)])
+            for i in range(30)]
+        write_wildchat(tmp_path / f"hub/data/train-{shard:05}-of-00002.parquet", rows, row_group_size=10,
+                       use_dictionary=False)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", HUB, tmp_path / "hub"], capture_output=True, text=True, env=environment,
-                          timeout=120)
+    done = subprocess.run([sys.executable, "-c", HUB, tmp_path / "hub"], capture_output=True, text=True, timeout=120,
+                          env=environment)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[0])
     commit = "c0ffee" + "0" * 34
@@ -271,6 +273,10 @@ def test_a_dataset_of_the_hub_at_one_commit(tmp_path):
     assert commit in done.stderr, "the commit is said, so that the run can be repeated"
     assert answer["fetched"] < answer["size"] / 2
     assert "allenai/Nothing: no file or folder of that name here" in done.stdout
+    code = "from rlhi.conversations import read_conversations; read_conversations('allenai/Tiny')"
+    offline = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                             env={**environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "FileNotFoundError: allenai/Tiny: no file or folder of that name here" in offline.stderr
 
 
 # --- JSON formats ------------------------------------------------------------------------------------------------
@@ -280,7 +286,8 @@ def test_openai_lines_with_all_that_logs_put_in(tmp_path):
         tmp_path / "log.jsonl",
         b"\xef\xbb\xbf" + json.dumps({"id": "x1", "messages": TALK, "user": "ann", "metadata": {
             "timestamp": "2024-02-03T04:05:06Z", "language": "French", "model": "m", "toxic": True}}).encode(),
-        {"conversation_id": 7, "messages": [{"role": "developer", "content": "Be kind."}, *TALK], "timestamp": 1700000000},
+        {"conversation_id": 7, "timestamp": 1700000000,
+         "messages": [{"role": "developer", "content": "Be kind."}, *TALK]},
         b"",
         {"conversation_hash": "x3", "timestamp": None, "messages": [
             {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]},
@@ -321,7 +328,8 @@ FAULTS = {
     "broken JSON: Expecting ',' delimiter": b'{"id": "b" "messages": []}',
     "broken JSON: Invalid control character": b'{"id": "b", "messages": [{"role": "us',
     "nested too deeply": b'{"id":' + b"[" * 100_000,
-    "huge message: 10,000,000 characters, expected at most 1,000,000": {"id": "b", "messages": [{"role": "user", "content": "x" * 10**7}]},
+    "huge message: 10,000,000 characters, expected at most 1,000,000": {
+        "id": "b", "messages": [{"role": "user", "content": "x" * 10**7}]},
     "repeated: good is in row 1": {"id": "good", "messages": TALK},
 }
 
@@ -347,7 +355,8 @@ def test_personal_data_is_masked_in_rejected_rows_too(tmp_path):
 
 def test_a_line_longer_than_memory_allows(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE", 10_000)
-    path = write_lines(tmp_path / "log.jsonl", {"id": "a", "messages": TALK}, b"x" * 35_000, {"id": "b", "messages": TALK})
+    path = write_lines(tmp_path / "log.jsonl", {"id": "a", "messages": TALK}, b"x" * 35_000,
+                       {"id": "b", "messages": TALK})
     rows, rejected = read_conversations(path)
     assert [r["conversation_id"] for r in rows] == ["a", "b"]
     assert (rejected[0]["row"], rejected[0]["reason"]) == (2, "huge line: more than 10,000 bytes, expected less")
@@ -359,8 +368,9 @@ def test_turn_numbers_stay_the_logs_own(tmp_path):
     assert read_conversations(path)[0][0]["turns"] == turns
 
 
-SHAREGPT = [{"id": f"{thread}_{piece}", "conversations": [{"from": "human", "value": f"Question {thread} {piece}, {{[\"}} ]?"},
-                                                          {"from": "gpt", "value": "Answer: \\ \"yes\"."}]}
+SHAREGPT = [{"id": f"{thread}_{piece}",
+             "conversations": [{"from": "human", "value": f"Question {thread} {piece}, {{[\"}} ]?"},
+                               {"from": "gpt", "value": "Answer: \\ \"yes\"."}]}
             for thread in ("Ab_1", "zZ9") for piece in (0, 2)]
 
 
@@ -479,9 +489,10 @@ def test_words_without_digits_and_signs_stay(text):
     assert mask_personal_data(text)[0] == text
 
 
-@pytest.mark.parametrize("hostile", ["a" * 10**6, "1 " * 99_999, "a@" * 99_999, "x@" + "a." * 99_999, "(212) " * 99_999,
-                                     "4111 " * 99_999, "sk-" * 99_999, ":" * 10**6, "eyJaaaaaaaa." * 99_999,
-                                     "1 Aaa " * 99_999 + " Street", "password: " * 99_999, "1 rue de la " * 99_999])
+@pytest.mark.parametrize("hostile", ["a" * 10**6, "1 " * 99_999, "a@" * 99_999, "x@" + "a." * 99_999,
+                                     "(212) " * 99_999, "4111 " * 99_999, "sk-" * 99_999, ":" * 10**6,
+                                     "eyJaaaaaaaa." * 99_999, "1 Aaa " * 99_999 + " Street", "password: " * 99_999,
+                                     "1 rue de la " * 99_999])
 def test_no_text_makes_masking_slow(hostile):
     started = time.process_time()
     mask_personal_data(hostile)
@@ -493,13 +504,16 @@ def test_code_and_numbers_of_everyday_talk_stay():
                  "0x7ffee4c0", "1,234,567.89", "Python 3.11.9", "ISBN 978-3-16-148410-0", "100 200 300 400",
                  "192 + 168 = 360", "for i in range(1000000000)", "1999-2004, 2010-2019", "#a1b2c3", "12:30-14:45",
                  "f47ac10b-58cc-4372-a567-0e02b2c3d479", "10-15 minutes, 20-25 people", "1 000 000 euros",
-                 "Step 1. 2. 3. 4.", "17/05/2024 10:22", "x = [0.1, 0.22, 0.333]", "+1 for this idea", "@media (max-width: 600px)",
-                 "d41d8cd98f00b204e9800998ecf8427e", "1234 5678", "2 + 2 = 4", "9.81 m/s", "token = tokenizer(text)[0]"]:
+                 "Step 1. 2. 3. 4.", "17/05/2024 10:22", "x = [0.1, 0.22, 0.333]", "+1 for this idea",
+                 "@media (max-width: 600px)",
+                 "d41d8cd98f00b204e9800998ecf8427e", "1234 5678", "2 + 2 = 4", "9.81 m/s",
+                 "token = tokenizer(text)[0]"]:
         assert mask_personal_data(text) == (text, {}), text
 
 
 def test_masking_is_counted_and_can_be_switched_off(tmp_path):
-    turns = [{"role": "user", "content": "Mail a@example.org or b@example.org"}, {"role": "assistant", "content": "+49 30 901820"}]
+    turns = [{"role": "user", "content": "Mail a@example.org or b@example.org"},
+             {"role": "assistant", "content": "+49 30 901820"}]
     path = write_lines(tmp_path / "log.jsonl", {"id": "a", "messages": turns})
     counts = Counter()
     rows, _ = read_conversations(path, masked=counts)
@@ -539,14 +553,16 @@ def test_histories_are_in_time_order():
 
 
 def say(number, text="Bonjour, comment allez-vous aujourd'hui mon ami ?", user="u1", turns=1, **more):
-    messages = [{"role": role, "content": f"{text} {number} {i}"} for i in range(turns) for role in ("user", "assistant")]
+    messages = [{"role": role, "content": f"{text} {number} {i}"}
+                for i in range(turns) for role in ("user", "assistant")]
     return row(f"c{number}", user, messages, **more)
 
 
 def test_the_funnel_counts_every_drop():
     rows = [say(0, language="en"), say(1, language="en", toxic=True), say(2), say(3, language="en", turns=4),
             say(4, "x" * 999, language="en"), say(5, language="en", user="u2"), say(6, language="en")]
-    rows.append({**rows[0], "conversation_id": "again", "turns": [{**t, "content": t["content"].upper() + " "} for t in rows[0]["turns"]]})
+    shouted = [{**turn, "content": turn["content"].upper() + " "} for turn in rows[0]["turns"]]
+    rows.append({**rows[0], "conversation_id": "again", "turns": shouted})
     kept, funnel = select(rows, languages=["English"], max_turns=3, max_characters=900, min_conversations=2)
     assert [r["conversation_id"] for r in kept] == ["c0", "c6"]
     assert {step["filter"]: step["dropped"] for step in funnel} == {
@@ -624,7 +640,7 @@ def test_wildchat_conversations_of_the_data_folder(shared_data, wildchat):
 
 def test_hand_labels_point_at_user_messages_that_are_kept(shared_data, wildchat):
     rows = {r["conversation_id"]: r for r in wildchat[0]}
-    labels = [json.loads(line) for line in (shared_data / "followups_dev.jsonl").read_text(encoding="utf-8").splitlines()]
+    labels = [json.loads(line) for line in open(shared_data / "followups_dev.jsonl", encoding="utf-8")]
     there = [label for label in labels if label["conversation_id"] in rows]
     assert len(labels) - len(there) == 3, "in conversations with an empty user turn"
     assert all(rows[label["conversation_id"]]["turns"][label["turn"]]["role"] == "user" for label in there)
