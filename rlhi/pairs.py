@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ends_well', 'make_pair', 'pick', 'plain', 'requests', 'feedback_cases', 'announce', 'draw', 'add_rewards',
-           'scored', 'guided_rewrites', 'rewrites_from_scratch', 'sample_candidates', 'best_against_worst',
-           'user_based_rewards', 'user_agnostic_rewards', 'sft_rows', 'logged_sft_rows']
+           'scored', 'check_rewrites', 'keep_best', 'guided_rewrites', 'rewrites_from_scratch', 'sample_candidates',
+           'best_against_worst', 'user_based_rewards', 'user_agnostic_rewards', 'sft_rows', 'logged_sft_rows']
 
 # %% ../nbs/07_pairs.ipynb #ac3478d6
 import hashlib
@@ -199,6 +199,27 @@ def scored(
     return {**pair, "reward_chosen": float(chosen), "reward_rejected": float(rejected)}
 
 # %% ../nbs/07_pairs.ipynb #8effee40
+def check_rewrites(
+    n: int,  # rewrites of each answer
+    scorer,  # scorer or None
+) -> None:
+    """Raise ValueError, before anything is generated, where nobody could choose among several rewrites."""
+    if n < 1 or n > 1 and scorer is None:
+        raise ValueError(f"n={n} rewrites of each answer: expected n=1, or more and a scorer that chooses among them")
+
+
+def keep_best(
+    groups: list[list[dict]],  # for each case, pairs that differ in the chosen side
+    scorer,  # scorer of `rlhi.rewards`; None where there is one pair for each case
+    personas: list[dict] | None,  # persona rows that the scorer reads
+) -> list[dict]:  # one pair for each case, with rewards
+    """Score the pairs and keep the one whose chosen side has the highest reward, a cut one only if all are cut."""
+    scored_pairs = iter(add_rewards([pair for group in groups for pair in group], scorer, personas))
+    return [max([next(scored_pairs) for _ in group],
+                key=lambda p: (p["kept"], -math.inf if p["reward_chosen"] is None else p["reward_chosen"]))
+            for group in groups]
+
+# %% ../nbs/07_pairs.ipynb #9109c85a
 def guided_rewrites(
     rows: list[dict],  # conversations
     followups: list[dict],  # what the later user messages are
@@ -208,6 +229,7 @@ def guided_rewrites(
     regenerate: bool = True,  # replace the logged answer by the policy's own, as the paper does
     sampling: Sampling = Sampling(),  # how answers are drawn
     style: str = "turn",  # "turn": the user's message as the next turn; "prompt": the guided_rewrite prompt file
+    n: int = 1,  # rewrites drawn; the scorer keeps the best of them (above 1: our help for small models)
     max_characters: int = 4000,  # longest request with all that came before it
     per_user: int | None = None,  # most pairs of one user
     limit: int | None = None,  # most pairs in all
@@ -215,12 +237,14 @@ def guided_rewrites(
     """User-Guided Rewrites: the answer given with the user's feedback at hand, against the one given without.
 
     The prompt of the pair ends at the request: the policy learns to answer at once as if it had been told. Turns
-    before the request stay as logged. Source: method section of arXiv 2509.25137.
+    before the request stay as logged. Source: method section of arXiv 2509.25137. Raises ValueError at an unknown
+    style, or at n > 1 without a scorer.
     """
     if style not in ("turn", "prompt"):
         raise ValueError(f"style {style!r}: expected 'turn' or 'prompt'")
+    check_rewrites(n, scorer)
     cases, counts = feedback_cases(rows, followups, max_characters, per_user, limit)
-    announce(METHODS["UGR"], len(cases) * (2 if regenerate else 1), sampling, counts)
+    announce(METHODS["UGR"], len(cases) * (n + regenerate), sampling, counts)
     texts = {row["user_id"]: row["persona"] for row in personas or []}
     prompts = [with_persona(case["messages"], texts.get(case["user_id"])) for case in cases]
     answers = [a[0] for a in draw(backend, prompts, 1, sampling)[0]] if regenerate else [c["answer"] for c in cases]
@@ -229,30 +253,33 @@ def guided_rewrites(
         case["message"] if style == "turn" else
         template.fill(feedback=case["feedback"], request=case["messages"][-1]["content"]))}]
         for prompt, answer, case in zip(prompts, answers, cases)]
-    rewrites, finish = draw(backend, asked, 1, sampling)
-    pairs = [make_pair("UGR", case, texts.get(case["user_id"]), prompt, rewrite[0], answer, end[0])
-             for case, prompt, rewrite, end, answer in zip(cases, prompts, rewrites, finish, answers)]
-    return add_rewards(pairs, scorer, personas)
+    rewrites, finish = draw(backend, asked, n, sampling)
+    groups = [[make_pair("UGR", case, texts.get(case["user_id"]), prompt, rewrite, answer, end)
+               for rewrite, end in zip(drawn, ends)]
+              for case, prompt, drawn, ends, answer in zip(cases, prompts, rewrites, finish, answers)]
+    return keep_best(groups, scorer, personas)
 
-# %% ../nbs/07_pairs.ipynb #a17554a0
+# %% ../nbs/07_pairs.ipynb #2a459380
 def rewrites_from_scratch(
     pairs: list[dict],  # pairs of `guided_rewrites`
     backend,  # the policy
     scorer=None,  # scorer for the filters, None: no rewards
     personas: list[dict] | None = None,  # persona rows that the scorer reads
     sampling: Sampling = Sampling(),  # as for `guided_rewrites`; the seed is moved on by one here
+    n: int = 1,  # as for `guided_rewrites`, so that both arms choose among equally many
 ) -> list[dict]:  # pairs of method scratch, one for each given pair
     """Control arm: a second answer drawn *without* the feedback is called chosen; prompts and rejected sides stay.
 
     What UGR gains over this arm is what the user's words are worth.
     """
-    announce(METHODS["scratch"], len(pairs), sampling, {"pairs": len(pairs)})
-    second, finish = draw(backend, [p["prompt"] for p in pairs], 1, replace(sampling, seed=sampling.seed + 1))
-    fresh = [make_pair("scratch", p, p["persona"], p["prompt"], answer[0], p["rejected"][0]["content"], end[0])
-             for p, answer, end in zip(pairs, second, finish)]
-    return add_rewards(fresh, scorer, personas)
+    check_rewrites(n, scorer)
+    announce(METHODS["scratch"], n * len(pairs), sampling, {"pairs": len(pairs)})
+    second, finish = draw(backend, [p["prompt"] for p in pairs], n, replace(sampling, seed=sampling.seed + 1))
+    groups = [[make_pair("scratch", p, p["persona"], p["prompt"], answer, p["rejected"][0]["content"], end)
+               for answer, end in zip(drawn, ends)] for p, drawn, ends in zip(pairs, second, finish)]
+    return keep_best(groups, scorer, personas)
 
-# %% ../nbs/07_pairs.ipynb #d02560dd
+# %% ../nbs/07_pairs.ipynb #d321d6f7
 def sample_candidates(
     wanted: list[dict],  # rows of `requests`
     personas: list[dict] | None,  # persona rows; None: no persona in the prompt
@@ -292,7 +319,7 @@ def best_against_worst(
         pairs.append(scored(pair, best[0], worst[0]))
     return pairs
 
-# %% ../nbs/07_pairs.ipynb #7d7116e2
+# %% ../nbs/07_pairs.ipynb #16b06bd9
 def user_based_rewards(
     rows: list[dict],  # conversations
     personas: list[dict] | None,  # persona rows
@@ -314,7 +341,7 @@ def user_based_rewards(
     candidates = sample_candidates(wanted, personas, backend, n, sampling, counts)
     return best_against_worst(candidates, scorer, personas, "UBR")
 
-# %% ../nbs/07_pairs.ipynb #16b06bd9
+# %% ../nbs/07_pairs.ipynb #8e63fd3e
 def user_agnostic_rewards(
     candidates: list[dict],  # rows of `sample_candidates`, the same that UBR used
     scorer,  # the same scorer
@@ -327,7 +354,7 @@ def user_agnostic_rewards(
     """
     return best_against_worst(candidates, scorer, None, "agnostic", persona_in_prompt)
 
-# %% ../nbs/07_pairs.ipynb #8e63fd3e
+# %% ../nbs/07_pairs.ipynb #dbc0f004
 def sft_rows(
     pairs: list[dict],  # pairs of any method
 ) -> list[dict]:  # rows of prompt and completion, as TRL's SFTTrainer takes them

@@ -7,8 +7,8 @@ import pytest
 
 from rlhi.conversations import read_table, write_table
 from rlhi.generate import Sampling, load_backend, read_prompt
-from rlhi.pairs import (add_rewards, best_against_worst, feedback_cases, filter_pairs, guided_rewrites, logged_sft_rows,
-                        make_pair, pick, requests, rewrites_from_scratch, sample_candidates, sft_rows,
+from rlhi.pairs import (add_rewards, best_against_worst, feedback_cases, filter_pairs, guided_rewrites, keep_best,
+                        logged_sft_rows, make_pair, pick, requests, rewrites_from_scratch, sample_candidates, sft_rows,
                         user_agnostic_rewards, user_based_rewards)
 from rlhi.personas import system_message
 from rlhi.rewards import PreferenceChecker
@@ -147,6 +147,22 @@ def test_from_scratch_differs_in_the_chosen_side_only(tiny, heard):
     assert heard[-1] == [p["prompt"] for p in guided]
 
 
+def test_of_several_rewrites_the_scorer_keeps_the_best(tiny):
+    scorer = PreferenceChecker()
+    one = guided_rewrites(ROWS, FOLLOWUPS, PERSONAS, tiny, scorer, sampling=SHORT)
+    best = guided_rewrites(ROWS, FOLLOWUPS, PERSONAS, tiny, scorer, sampling=SHORT, n=4)
+    for a, b in zip(one, best, strict=True):
+        assert (a["prompt"], a["rejected"]) == (b["prompt"], b["rejected"]) and b["reward_chosen"] >= a["reward_chosen"]
+    assert len(rewrites_from_scratch(best, tiny, scorer, PERSONAS, SHORT, n=4)) == len(best)
+    with pytest.raises(ValueError, match="n=2 rewrites of each answer: expected n=1, or more and a scorer"):
+        guided_rewrites(ROWS, FOLLOWUPS, None, tiny, sampling=SHORT, n=2)
+
+
+def test_a_kept_pair_goes_before_a_cut_one_of_higher_reward():
+    low, high = ({**make_pair("UGR", candidate([]), None, ROWS[0]["turns"][:1], text, "No.", end)} for text, end in (("a", "stop"), ("b", "length")))
+    assert keep_best([[high, low]], Scorer(**{"a": 1, "b": 2, "No.": 0}), None)[0]["chosen"][0]["content"] == "a"
+
+
 def test_a_scorer_sees_the_prompt_without_the_persona_text_and_the_persona_row(tiny):
     table = Scorer(better=0.9, worse=0.1)
     bare = make_pair("UGR", feedback_cases(ROWS, FOLLOWUPS)[0][1], "Likes detail.",
@@ -268,3 +284,14 @@ def test_pairs_load_in_trl_as_they_are(tiny, tmp_path):
     assert "Likes short answers." in tiny.tokenizer.decode(sample["prompt_ids"])
     assert tiny.tokenizer.decode(sample["chosen_ids"]).startswith(pairs[0]["chosen"][0]["content"][:20])
     assert math.isfinite(trainer.train().training_loss)
+
+
+def test_real_messages_are_counted_and_none_is_lost(shared_data):
+    from rlhi.conversations import read_conversations
+    rows, _ = read_conversations(shared_data / "wildchat", limit=300)
+    found, counts = requests(rows, max_characters=2000)
+    assert counts["user messages"] == sum(t["role"] == "user" for row in rows for t in row["turns"])
+    assert counts["user messages"] == sum(v for k, v in counts.items() if k != "user messages")
+    assert 0 < counts["requests"] <= len(rows) == len({r["conversation_id"] for r in rows})
+    pairs = [make_pair("UBR", r, None, r["messages"], r["messages"][-1]["content"], "Another answer.") for r in found]
+    assert len(filter_pairs(pairs, language=True)) == len(found) == len({p["pair_id"] for p in pairs})
