@@ -103,8 +103,8 @@ def _pack(notes: list[str], budget: int) -> list[str]:
     "Notes about the pieces, put together into as few texts as fit the budget."
     packed = [""]
     for number, note in enumerate(notes, 1):
-        note = note.replace("<", "‹").replace(">", "›")[:budget // 2]
-        if packed[-1] and len(packed[-1]) + len(note) > budget:
+        note = note.replace("<", "‹").replace(">", "›")[:budget // 2 - 20]
+        if packed[-1] and len(packed[-1]) + len(note) + 20 > budget:
             packed.append("")
         packed[-1] += f"Piece {number}:\n{note}\n\n"
     return packed
