@@ -1,0 +1,263 @@
+"""Shared prompts against TRL: pairs per second, peak memory and equality of results, in one table.
+
+    python tests/benchmarks/bench_prefix.py                      # CPU, SmolLM2-135M, float32, LoRA
+    python tests/benchmarks/bench_prefix.py --shape llama-8b     # one CUDA GPU, bfloat16, random weights of 8B's shape
+
+Lengths come from ../shared/data/wildchat where it is present (logged WildChat conversations: history and request as
+prompt, the answer as rejected, the answer after it as chosen), else from log-normals with the medians written below.
+All settings work on the same pairs in one process, warmed up and alternated; a figure is a median, with its range.
+The peer is TRL's own DPOTrainer with precomputed references on both sides, equal weights, adapter, dtype and
+checkpointing. Time is collation, forward and backward; the optimizer step is the same for all.
+"""
+import argparse
+import ctypes
+import gc
+import json
+import random
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from rlhi.batches import PackedCollator, TrainConfig
+from rlhi.generate import resolve_model
+from rlhi.prefix import add_prefix_head, sequence_logprobs, sequence_scores
+from rlhi.train import _adapter, _arguments, _dataset, trainer_class
+from rlhi.tries import plant
+
+WILDCHAT = Path(__file__).resolve().parents[3] / "shared" / "data" / "wildchat" / "conversations.jsonl"
+SIMULATED = {"prompt": (380, 1.1), "answer": (230, 0.8)}  # log-normal: median tokens, sigma
+
+
+def wildchat_pairs(tokenizer, longest: int, seed: int):
+    """(conversation, prompt ids, chosen ids, rejected ids) of real follow-ups that fit, in a random order."""
+    found = []
+    for number, line in enumerate(WILDCHAT.open()):
+        messages = json.loads(line)["messages"][:8]
+        texts = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+        ids = [tokenizer(text[:6000], add_special_tokens=False)["input_ids"] for text in texts]
+        for turn in range(1, len(ids) - 2, 2):
+            prompt, rejected, chosen = sum(ids[:turn], []), ids[turn], ids[turn + 2]
+            if messages[turn]["role"] == "assistant" and len(prompt) + max(len(rejected), len(chosen)) <= longest:
+                found.append((number, prompt, chosen, rejected))
+        if len(found) > 2000:
+            break
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def simulated_pairs(vocabulary: int, longest: int, seed: int):
+    draw = random.Random(seed)
+    length = lambda kind: max(4, round(SIMULATED[kind][0] * 2.718 ** draw.gauss(0, SIMULATED[kind][1])))
+    tokens = lambda count: [draw.randrange(100, vocabulary) for _ in range(count)]
+    while True:
+        sizes = length("prompt"), length("answer"), length("answer")
+        if sizes[0] + max(sizes[1:]) <= longest:
+            yield 0, *(tokens(size) for size in sizes)
+
+
+class Peak:
+    """Largest memory of this process (or GPU) while a block runs, above what it held before, in MiB."""
+
+    def __enter__(self):
+        self.on_gpu, self.stop, self.top = torch.cuda.is_available(), False, 0
+        gc.collect()
+        if not self.on_gpu:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the run before freed is given back first
+        self.base = self.now()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def now(self):
+        return torch.cuda.memory_allocated() if self.on_gpu else int(open("/proc/self/statm").read().split()[1]) * 4096
+
+    def watch(self):
+        while not self.stop:
+            self.top = max(self.top, self.now())
+            time.sleep(0.005)
+
+    def __exit__(self, *_):
+        self.stop = True
+        self.thread.join()
+        top = torch.cuda.max_memory_allocated() if self.on_gpu else self.top
+        self.mib = (top - self.base) / 2 ** 20
+
+
+def clock(action):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with Peak() as peak:
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.perf_counter() - start, peak.mib
+
+
+def alternate(settings: dict, repeats: int, warm: int = 1):
+    """Run every setting in turn, again and again; {name: (median s, fastest, slowest, peak MiB)}."""
+    seen = {name: [] for name in settings}
+    for turn in range(repeats + warm):
+        for name, action in settings.items():
+            result = clock(action)
+            if turn >= warm:
+                seen[name].append(result)
+    return {name: (statistics.median(t for t, _ in runs), min(t for t, _ in runs), max(t for t, _ in runs),
+                   max(m for _, m in runs)) for name, runs in seen.items()}
+
+
+def build(shape: str):
+    """One model that both sides use: SmolLM2, or random weights of a large shape."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    path = resolve_model("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if shape == "smollm2":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), tokenizer
+    config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tokenizer
+
+
+def trainers(model, tokenizer, items, checkpointing):
+    """The same wrapped model under TRL's collator and forward, and under ours."""
+    plain = TrainConfig(sharing="none", gradient_checkpointing=checkpointing)
+    arguments = _arguments(plain, Path("unused"), 1, 1, False)
+    arguments.precompute_ref_log_probs = True
+    trainer = trainer_class("dpo")(model=model, args=arguments, train_dataset=_dataset(items, 0, plain),
+                                   processing_class=tokenizer, peft_config=_adapter(plain, model))
+    for name, weight in trainer.model.named_parameters():  # a fresh adapter is zero and would hide half the gradients
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator(weight.device).manual_seed(0))
+    return trainer, trainer.data_collator, PackedCollator("pair")
+
+
+def gradients(trainer, collator, items):
+    trainer.model.zero_grad(set_to_none=True)
+    total = 0.0
+    for group in items:
+        batch = trainer._prepare_inputs(collator(group))
+        loss = trainer.compute_loss(trainer.model, batch) * len(group) / sum(map(len, items))
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def show(title, rows, unit_count, unit):
+    print(f"\n{title}\n| setting | {unit}/s | median s (fastest to slowest) | peak MiB over weights | rlhi is |")
+    print("|---|---|---|---|---|")
+    ours = next(row for name, row in rows.items() if name.startswith("rlhi"))
+    for name, (median, low, high, peak) in rows.items():
+        print(f"| {name} | {unit_count / median:.3f} | {median:.2f} ({low:.2f} to {high:.2f}) | {peak:.0f} | "
+              f"{median / ours[0]:.2f}x as fast |")
+
+
+def bench_training(options, model, tokenizer, pairs):
+    items = [{"row": {}, "prompt_ids": p, "chosen_ids": c, "rejected_ids": r, "ref_chosen_logps": -2.0 * len(c),
+              "ref_rejected_logps": -2.0 * len(r)} for _, p, c, r in pairs[:options.pairs]]
+    total = sum(2 * len(i["prompt_ids"]) + len(i["chosen_ids"]) + len(i["rejected_ids"]) for i in items)
+    unique = sum(len(plant([(i["prompt_ids"], i["chosen_ids"]), (i["prompt_ids"], i["rejected_ids"])]).tokens)
+                 for i in items)
+    rows = [max(len(i["chosen_ids"]), len(i["rejected_ids"])) + len(i["prompt_ids"]) for i in items]
+    padded = sum(2 * len(rows[s:s + 4]) * max(rows[s:s + 4]) for s in range(0, len(rows), 4))
+    lengths = sorted(len(item["prompt_ids"]) for item in items)
+    print(f"{len(items)} pairs, prompts of {lengths} tokens; tokens {total}, unique {unique}, padded at batch 4 {padded}: bounds {total / unique:.2f}x and {padded / unique:.2f}x")
+    trainer, theirs, ours = trainers(model, tokenizer, items, options.checkpointing)
+    add_prefix_head(model, options.max_length)
+    split = lambda size: [items[start:start + size] for start in range(0, len(items), size)]
+    left, right = gradients(trainer, theirs, split(1)), gradients(trainer, ours, split(4))
+    gap = max(((right[1][n] - g).norm() / g.norm()).item() for n, g in left[1].items())
+    print(f"loss {left[0]:.7f} and {right[0]:.7f}, relative difference {abs(left[0] - right[0]) / abs(left[0]):.1e}; "
+          f"largest relative difference of {len(left[1])} gradients {gap:.1e}")
+    tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
+    assert abs(left[0] - right[0]) <= max(tolerance * abs(left[0]), 1e-3 if tolerance > 1e-4 else 0), "losses differ"
+    assert gap <= tolerance * options.gradient_slack, "gradients differ"
+    settings = {"rlhi, batch 4": lambda: gradients(trainer, ours, split(4))}
+    for size in (1, 2, 4):
+        settings[f"TRL, batch {size}"] = lambda size=size: gradients(trainer, theirs, split(size))
+    show("DPO, forward and backward", alternate(settings, options.repeats, warm=0), len(items), "pairs")
+
+
+def bench_reference(options, model, tokenizer, pairs):
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(pair[0], []).append(pair)
+    chosen = sorted(groups.values(), key=len, reverse=True)[:options.conversations]
+    sequences = [(p, answer) for group in chosen for _, p, c, r in group for answer in (c, r)]
+    unique = len(plant(sequences).tokens)
+    total = sum(len(p) + len(a) for p, a in sequences)
+    print(f"\n{len(sequences)} answers of {len(chosen)} conversations: {total} tokens, {unique} unique, "
+          f"bound {total / unique:.2f}x")
+
+    def unshared():
+        with torch.no_grad():
+            return [model(input_ids=(ids := torch.tensor([p + a], device=model.device)), use_cache=False,
+                          labels=ids.clone().index_fill_(1, torch.arange(len(p), device=model.device), -100),
+                          fused_lm_head=True).log_probs.double().sum().item() for p, a in sequences]
+
+    shared = lambda: sequence_logprobs(model, *zip(*sequences))
+    gap = max(abs(a - b) / abs(b) for a, b in zip(shared(), unshared()))
+    print(f"largest relative difference of the log-probabilities {gap:.1e}")
+    assert gap < (1e-5 if model.dtype == torch.float32 else 2e-2)
+    show("Reference pass over conversation tries", alternate({"rlhi, tries": shared, "TRL's head, one row at a time":
+         unshared}, options.repeats, warm=0), len(sequences), "answers")
+
+
+def bench_candidates(options, model, tokenizer, pairs):
+    from transformers import LlamaForSequenceClassification
+    config = model.config.__class__(**model.config.to_dict() | {"num_labels": 1})
+    with torch.device(model.device):
+        reward = LlamaForSequenceClassification(config).to(model.dtype).eval()
+    reward.model.load_state_dict(model.base_model.state_dict())
+    torch.nn.init.normal_(reward.score.weight, std=0.05, generator=torch.Generator(model.device).manual_seed(0))
+    draw = random.Random(0)
+    prompt = [draw.randrange(100, 40000) for _ in range(options.prompt)]
+    answers = [[draw.randrange(100, 40000) for _ in range(options.prompt // 3)] for _ in range(16)]
+    total, unique = 16 * options.prompt * 4 // 3, options.prompt + 16 * (options.prompt // 3)
+    print(f"\n16 candidates of {options.prompt // 3} tokens, prompt of {options.prompt}: bound {total / unique:.2f}x")
+
+    def unshared():
+        with torch.no_grad():
+            return [reward(input_ids=torch.tensor([prompt + a], device=model.device), use_cache=False).logits.item()
+                    for a in answers]
+
+    shared = lambda: sequence_scores(reward, [prompt] * 16, answers)
+    gap = max(abs(a - b) for a, b in zip(shared(), unshared()))
+    print(f"largest difference of the scores {gap:.1e}")
+    assert gap < (1e-5 if model.dtype == torch.float32 else 2e-2)
+    show("Reward of 16 candidates", alternate({"rlhi": shared, "one row at a time": unshared}, options.repeats, warm=0),
+         16, "answers")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["smollm2", "llama-8b"], default="smollm2", help="model")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs in each measured pass")
+    parser.add_argument("--max-length", type=int, default=1024, help="longest prompt and answer, in tokens")
+    parser.add_argument("--prompt", type=int, default=300, help="prompt tokens of the candidates' part")
+    parser.add_argument("--conversations", type=int, default=2, help="conversations of the reference part")
+    parser.add_argument("--repeats", type=int, default=5, help="measured runs of every setting")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
+    parser.add_argument("--parts", nargs="+", default=["training", "reference", "candidates"])
+    parser.add_argument("--gradient-slack", type=float, default=1.0, help="times the tolerance for gradients")
+    options = parser.parse_args()
+    from trl.trainer.utils import add_fused_lm_head
+    model, tokenizer = build(options.shape)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, {model.dtype}, {options.shape}")
+    real = WILDCHAT.exists() and options.shape == "smollm2"
+    source = wildchat_pairs(tokenizer, options.max_length, 0) if real else simulated_pairs(40000, options.max_length, 0)
+    pairs = list(source) if real else [next(source) for _ in range(options.pairs)]
+    print("lengths of WildChat conversations" if real else f"simulated lengths {SIMULATED}")
+    add_fused_lm_head(model)
+    if "reference" in options.parts and real:
+        bench_reference(options, model, tokenizer, pairs)
+    if "candidates" in options.parts:
+        bench_candidates(options, model, tokenizer, pairs)
+    if "training" in options.parts:
+        bench_training(options, model, tokenizer, pairs)
