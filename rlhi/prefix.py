@@ -142,6 +142,21 @@ def _logits(rows, weight, bias, scale, cap):
     return logits, 1 - (logits / cap) ** 2
 
 # %% ../nbs/02_prefix.ipynb #5a5b0f9b
+def _head_gradient(rows, weight, bias, norm, total, scale, cap, chunk):
+    "Gradient of the head from the normalisers; their share of the loss is `-total`. Logits are made again in chunks."
+    grad_weight = torch.zeros_like(weight)
+    grad_bias = None if bias is None else torch.zeros_like(bias)
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        logits, bend = _logits(rows[part], weight, bias, scale, cap)
+        share = logits.sub_(norm[part, None]).exp_() * (-scale * total[part, None])
+        share = (share * bend if cap else share).to(weight.dtype)
+        grad_weight += share.T @ rows[part]
+        if bias is not None:
+            grad_bias += share.sum(0)
+    return grad_weight, grad_bias
+
+# %% ../nbs/02_prefix.ipynb #6c1e671f
 class _TokenScores(torch.autograd.Function):
     """Log-probabilities of picked tokens from hidden states, the head applied in chunks of rows.
 
@@ -179,26 +194,18 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         rows, weight, bias, row, label, norm, slope, pull = ctx.saved_tensors
-        scale, cap, chunk = ctx.how
         total = torch.zeros_like(norm).index_add_(0, row, grad)
         sloped = (grad * slope)[:, None].to(weight.dtype)
         grad_rows = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_rows = (-total[:, None].to(pull.dtype) * pull).index_add_(0, row, sloped * weight[label])
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_weight = torch.zeros_like(weight).index_add_(0, label, sloped * rows[row])
-            grad_bias = None if bias is None else torch.zeros_like(bias).index_add_(0, label, sloped[:, 0])
-            for start in range(0, len(rows), chunk):
-                part = slice(start, start + chunk)
-                logits, bend = _logits(rows[part], weight, bias, scale, cap)
-                share = logits.sub_(norm[part, None]).exp_() * (-scale * total[part, None])
-                share = (share * bend if cap else share).to(weight.dtype)
-                grad_weight += share.T @ rows[part]
-                if bias is not None:
-                    grad_bias += share.sum(0)
+            grad_weight, grad_bias = _head_gradient(rows, weight, bias, norm, total, *ctx.how)
+            grad_weight.index_add_(0, label, sloped * rows[row])
+            grad_bias = None if bias is None else grad_bias.index_add_(0, label, sloped[:, 0])
         return grad_rows, grad_weight, grad_bias, None, None, None, None, None
 
-# %% ../nbs/02_prefix.ipynb #4d89d294
+# %% ../nbs/02_prefix.ipynb #a72b2006
 def score_tokens(
     hidden: torch.Tensor,  # [T, width] states of the packed row
     head,  # the model's output layer (weight, bias)
@@ -219,7 +226,7 @@ def score_tokens(
     cap = getattr(config, "final_logit_softcapping", None)
     return _TokenScores.apply(hidden[used], weight, bias, row, forest.tokens[torch.cat(answers)], scale, cap, chunk)
 
-# %% ../nbs/02_prefix.ipynb #35e995c1
+# %% ../nbs/02_prefix.ipynb #450ddec8
 def packed_scores(
     model,  # the bare causal language model, tree attention switched on
     forest: Forest,  # the packed row
@@ -235,7 +242,7 @@ def packed_scores(
     return FusedCausalLMOutput(loss=-logp.sum() / lengths.sum(), log_probs=logp, entropy=entropy, mean_logits=mean,
                                is_top1=top, label_mask=mask)
 
-# %% ../nbs/02_prefix.ipynb #b74f5ee9
+# %% ../nbs/02_prefix.ipynb #1d513c0b
 def add_prefix_head(
     model,  # a causal language model of transformers, without its adapter wrapper
     span: int,  # tokens of the longest sequence it will see
@@ -256,7 +263,7 @@ def add_prefix_head(
 
     model.forward = forward
 
-# %% ../nbs/02_prefix.ipynb #1352246e
+# %% ../nbs/02_prefix.ipynb #e62d7f1e
 @contextmanager
 def tree_mode(
     model,  # a transformers decoder, perhaps inside a PEFT wrapper
@@ -274,7 +281,7 @@ def tree_mode(
         inner.set_attn_implementation(before)
         inner.train(training)
 
-# %% ../nbs/02_prefix.ipynb #e62d7f1e
+# %% ../nbs/02_prefix.ipynb #16b06bd9
 def sequence_logprobs(
     model,  # a causal language model, with or without adapter
     prompts: list[list[int]],  # token ids of each prompt, generation header included
@@ -307,7 +314,7 @@ def sequence_logprobs(
             hook.remove()
     return sums if layer is None else (sums, states)
 
-# %% ../nbs/02_prefix.ipynb #dbc0f004
+# %% ../nbs/02_prefix.ipynb #934385f5
 def sequence_scores(
     model,  # a sequence-classification (reward) model of transformers
     prompts: list[list[int]],  # token ids

@@ -166,7 +166,8 @@ def bench_training(options, model, tokenizer, pairs):
     rows = [max(len(i["chosen_ids"]), len(i["rejected_ids"])) + len(i["prompt_ids"]) for i in items]
     padded = sum(2 * len(rows[s:s + 4]) * max(rows[s:s + 4]) for s in range(0, len(rows), 4))
     lengths = sorted(len(item["prompt_ids"]) for item in items)
-    print(f"{len(items)} pairs, prompts of {lengths} tokens; tokens {total}, unique {unique}, padded at batch 4 {padded}: bounds {total / unique:.2f}x and {padded / unique:.2f}x")
+    print(f"{len(items)} pairs, prompts of {lengths} tokens; tokens {total}, unique {unique}, "
+          f"padded at batch 4 {padded}: bounds {total / unique:.2f}x and {padded / unique:.2f}x")
     trainer, theirs, ours = trainers(model, tokenizer, items, options.checkpointing)
     add_prefix_head(model, options.max_length)
     split = lambda size: [items[start:start + size] for start in range(0, len(items), size)]
