@@ -347,7 +347,7 @@ def add_rest(made: dict[str, argparse.ArgumentParser]) -> None:
     made["show"].add_argument("--out", help="folder of the run (default: runs/PROFILE)")
     made["show"].add_argument("--tables", nargs="+", help="names of results (default: user_eval)")
 
-
+# %% ../nbs/14_cli.ipynb #b6692ea5
 def main(
     arguments: list[str] | None = None,  # as typed, without the program's name
 ) -> int:  # exit code: 0, or 1 with the reason on standard error
@@ -364,7 +364,3 @@ def main(
         print(f"rlhi {options.command}: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -226,7 +226,7 @@ def save_figure(
     "Write PNG, PDF and the data of a figure; its origin is printed below it."
     folder.mkdir(parents=True, exist_ok=True)
     origin = f"{provenance.get('data', 'data not named')} · profile {provenance['profile']} · {provenance['commit']} · {provenance['date']}"
-    figure.text(0.005, -0.02, origin, fontsize=7, color="0.45", ha="left", va="top")
+    figure.text(0.005, -0.1 / figure.get_figheight(), origin, fontsize=7, color="0.45", ha="left", va="top")
     path = folder / f"{name}.png"
     figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
     figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
@@ -247,7 +247,7 @@ def interval_figure(
     palette = set_theme()
     labels = list(dict.fromkeys(row["label"] for row in rows))
     groups = list(dict.fromkeys(row.get("group", "") for row in rows))
-    figure, axis = pyplot.subplots(figsize=(7.2, 0.9 + 0.26 * len(labels) * max(1.4, len(groups))))
+    figure, axis = pyplot.subplots(figsize=(7.2, 0.9 + 0.24 * len(labels) * max(1.2, 0.8 * len(groups))), layout="constrained")
     for g, group in enumerate(groups):
         chosen = [row for row in rows if row.get("group", "") == group and row["value"] is not None]
         y = [labels.index(row["label"]) + (g - (len(groups) - 1) / 2) * 0.7 / max(len(groups), 2) for row in chosen]
@@ -261,7 +261,7 @@ def interval_figure(
     axis.set(xlabel=x_label, title=title)
     axis.grid(axis="y", visible=False)
     if len(groups) > 1:
-        axis.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
+        figure.legend(loc="outside right upper")
     return figure
 
 # %% ../nbs/12_report.ipynb #c5b76da3
@@ -276,7 +276,7 @@ def bar_figure(
     palette = set_theme()
     labels = list(dict.fromkeys(row["label"] for row in rows))
     groups = list(dict.fromkeys(row.get("group", "") for row in rows))
-    figure, axis = pyplot.subplots(figsize=(7.2, 0.9 + 0.3 * len(labels) * max(1.0, 0.7 * len(groups))))
+    figure, axis = pyplot.subplots(figsize=(7.2, 0.9 + 0.3 * len(labels) * max(1.0, 0.7 * len(groups))), layout="constrained")
     height = 0.8 / len(groups)
     for g, group in enumerate(groups):
         for row in (row for row in rows if row.get("group", "") == group and row["value"] is not None):
@@ -291,7 +291,7 @@ def bar_figure(
     axis.set(xlabel=x_label, title=title)
     axis.grid(axis="y", visible=False)
     if len(groups) > 1:
-        axis.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
+        figure.legend(loc="outside right upper")
     return figure
 
 
