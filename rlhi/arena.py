@@ -38,11 +38,19 @@ def read_arena_questions(
             record = json.loads(line)
             text = record["prompt"] if "prompt" in record else record["turns"][0]["content"]
             category = record.get("category", "arena-hard-v0.1")
-            rows.append({"example": record.get("uid") or record["question_id"], "prompt": [{"role": "user", "content": text}],
-                         "category": category, "subcategory": record.get("subcategory") or record.get("cluster"),
-                         "baseline": BASELINES.get(category)})
+            rows.append(
+                {
+                    "example": record.get("uid") or record["question_id"],
+                    "prompt": [{"role": "user", "content": text}],
+                    "category": category,
+                    "subcategory": record.get("subcategory") or record.get("cluster"),
+                    "baseline": BASELINES.get(category),
+                }
+            )
         except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: expected a question with uid and prompt, found {line[:60]!r} ({error})") from error
+            raise ValueError(
+                f"{path}, line {number}: expected a question with uid and prompt, found {line[:60]!r} ({error})"
+            ) from error
     return rows
 
 
@@ -72,15 +80,22 @@ def parse_degree(
     raw: str,  # what the judge wrote
 ) -> tuple[float, int] | None:  # (1: A wins, 0.5: tie, 0: B wins; number of battles), None: unreadable
     "Arena-Hard's five verdicts. Contradictory tokens are unreadable; tokens that repeat each other are not."
-    found = {(1.0 if (left == "A") == (sign[0] == ">") else 0.0, STRONG if len(sign) == 2 else 1) if sign != "=" else (0.5, 1)
-             for left, sign, right in DEGREE.findall(raw) if left != right}
+    found = {
+        (
+            (1.0 if (left == "A") == (sign[0] == ">") else 0.0, STRONG if len(sign) == 2 else 1)
+            if sign != "="
+            else (0.5, 1)
+        )
+        for left, sign, right in DEGREE.findall(raw)
+        if left != right
+    }
     return found.pop() if len(found) == 1 else None
 
 
 def arena_battles(
     judgments: list[dict],  # judgments of judge_arena: arm_a the model, arm_b the baseline
 ) -> tuple[list[dict], int]:  # rows {model, baseline, example, score, weight}, number of comparisons left out
-    "Battles in terms of the model. A comparison of which one order is unreadable is left out whole, as Arena-Hard does."
+    "Battles in terms of the model. As in Arena-Hard, one unreadable order leaves the whole comparison out."
     pairs: dict[tuple, list] = {}
     for row in judgments:
         degree = parse_degree(row["raw"] or "")
@@ -92,7 +107,9 @@ def arena_battles(
         if None in degrees:
             unread += 1
             continue
-        battles += [{"model": model, "baseline": baseline, "example": example, "score": s, "weight": w} for s, w in degrees]
+        battles += [
+            {"model": model, "baseline": baseline, "example": example, "score": s, "weight": w} for s, w in degrees
+        ]
     return battles, unread
 
 # %% ../nbs/10_arena.ipynb #bc33ea4e
@@ -119,7 +136,9 @@ def style_features(
 # %% ../nbs/10_arena.ipynb #b6692ea5
 def arena_scores(
     battles: list[dict],  # of arena_battles, all against one baseline
-    answers: dict[str, dict[str, str]] | None = None,  # {model: {example: answer}} with the baseline: controls for style
+    answers: (
+        dict[str, dict[str, str]] | None
+    ) = None,  # {model: {example: answer}} with the baseline: controls for style
     samples: int = 500,  # bootstrap samples of the questions
     confidence: float = 0.95,  # of the intervals (arena-hard-auto prints 0.90)
     seed: int = 0,  # of the bootstrap
@@ -140,12 +159,23 @@ def arena_scores(
         features = np.hstack([features, style_features([answers[b["model"]][b["example"]] for b in battles],
                                                        [baseline[b["example"]] for b in battles])])
     drawn = np.vstack([np.ones(len(questions)), draw_counts(len(questions), samples, seed)])[:, asked]
-    rows = WeightedRows(features, np.array([b["score"] for b in battles]), drawn * np.array([b["weight"] for b in battles]))
+    rows = WeightedRows(
+        features, np.array([b["score"] for b in battles]), drawn * np.array([b["weight"] for b in battles])
+    )
     # A trace of a penalty keeps an arm that never loses at a finite strength.
     fitted, _ = minimise(rows, np.full((len(drawn), features.shape[1]), 0.01), penalty=1e-4, tolerance=1e-6)
     points = 100 * sigmoid(fitted[:, :len(models)])
     low, high = np.quantile(points[1:], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    table = [{"model": str(name), "score": float(points[0, i]), "low": float(low[i]), "high": float(high[i]),
-              "battles": int((model == i).sum()), "questions": len(set(asked[model == i]))} for i, name in enumerate(models)]
+    table = [
+        {
+            "model": str(name),
+            "score": float(points[0, i]),
+            "low": float(low[i]),
+            "high": float(high[i]),
+            "battles": int((model == i).sum()),
+            "questions": len(set(asked[model == i])),
+        }
+        for i, name in enumerate(models)
+    ]
     names = ("length", "headings", "lists", "bold") if answers is not None else ()
     return sorted(table, key=lambda r: -r["score"]), dict(zip(names, fitted[0, len(models):].tolist()))

@@ -73,15 +73,22 @@ def question(
     second = "b" if first == "a" else "a"
     messages = task["prompt"]
     history = "\n".join(f"{m['role']}: {m['content']}" for m in messages[:-1] if m["role"] != "system")
-    values = {"instruction": messages[-1]["content"], "history": history or "(none)", "persona": task.get("persona") or NOBODY,
-              "answer_a": task[f"answer_{first}"], "answer_b": task.get(f"answer_{second}") or ""}
+    values = {
+        "instruction": messages[-1]["content"],
+        "history": history or "(none)",
+        "persona": task.get("persona") or NOBODY,
+        "answer_a": task[f"answer_{first}"],
+        "answer_b": task.get(f"answer_{second}") or "",
+    }
     fields = set(re.findall(r"\{\{(\w+)\}\}", template.text))
     return [{"role": "user", "content": template.fill(**{k: shield(v) for k, v in values.items() if k in fields})}]
 
 # %% ../nbs/09_judge.ipynb #bc33ea4e
 BRACKETED = re.compile(r"\[\[\s*(A|B|C|tie|A\s*=\s*B|A\s*>{1,2}\s*B|B\s*>{1,2}\s*A)\s*\]\]", re.IGNORECASE)
-PLAIN = re.compile(r"(?:(?:final\s+)?(?:verdict|answer|winner|output|choice)\b\s*(?:is\b)?)?[\s:=(\[\"'*`#]*(A|B|tie)[\s)\]\"'*`.!]*",
-                   re.IGNORECASE)
+PLAIN = re.compile(
+    r"(?:(?:final\s+)?(?:verdict|answer|winner|output|choice)\b\s*(?:is\b)?)?[\s:=(\[\"'*`#]*(A|B|tie)[\s)\]\"'*`.!]*",
+    re.IGNORECASE,
+)
 
 
 def parse_verdict(
@@ -183,7 +190,9 @@ class Budget:
     def refuses(self, cost: float, seconds: float, elapsed: float) -> str | None:
         "Why a batch of this price and length may not be asked any more; None: go on."
         if self.ceiling is not None and self.spent + cost > self.ceiling:
-            return f"the ceiling of {self.ceiling:g} would be passed (spent {self.spent:.4g}, the next batch {cost:.4g})"
+            return (
+                f"the ceiling of {self.ceiling:g} would be passed (spent {self.spent:.4g}, the next batch {cost:.4g})"
+            )
         if self.minutes is not None and elapsed + seconds > 60 * self.minutes:
             return f"the ceiling of {self.minutes:g} minutes would be passed"
         return None
@@ -224,10 +233,22 @@ def judgment_row(
         score_a, score_b = (chance[x] + chance["tie"] / 2 for x in (a, b))
     task = item["task"]
     version = ", ".join(filter(None, (answer["revision"], answer["served"], answer["date"], answer["how"])))
-    return {"example": str(task["example"]), "user_id": task.get("user_id"), "arm_a": task["arm_a"], "arm_b": task["arm_b"],
-            "aspect": task["aspect"], "mode": task.get("mode"), "shown_first": item["first"], "judge": answer["judge"],
-            "judge_version": version, "template": answer["template"], "verdict": verdict, "score_a": score_a,
-            "score_b": score_b, "raw": answer["raw"]}
+    return {
+        "example": str(task["example"]),
+        "user_id": task.get("user_id"),
+        "arm_a": task["arm_a"],
+        "arm_b": task["arm_b"],
+        "aspect": task["aspect"],
+        "mode": task.get("mode"),
+        "shown_first": item["first"],
+        "judge": answer["judge"],
+        "judge_version": version,
+        "template": answer["template"],
+        "verdict": verdict,
+        "score_a": score_a,
+        "score_b": score_b,
+        "raw": answer["raw"],
+    }
 
 # %% ../nbs/09_judge.ipynb #b7eb6c68
 def run_questions(
@@ -245,8 +266,11 @@ def run_questions(
     todo = list({item["key"]: item for item in plan if item["key"] not in record.rows}.values())
     tokens = sampling.max_new_tokens if by == "text" else 3
     price = budget.cost([item["messages"] for item in todo], tokens)
-    print(f"{backend.name} as judge: {len(plan)} questions (both orders), {len(plan) - len(todo)} on record, {len(todo)} to ask"
-          + (f", about {price:.2f}" if price else ""))
+    print(
+        f"{backend.name} as judge: {len(plan)} questions (both orders), {len(plan) - len(todo)} on record, "
+        f"{len(todo)} to ask"
+        + (f", about {price:.2f}" if price else "")
+    )
     started, longest = time.monotonic(), 0.0
     how = f"by {by}, " + ", ".join(f"{k} {v}" for k, v in asdict(sampling).items())
     with tqdm(total=len(todo), desc="judging", unit="question", delay=2) as bar:
@@ -259,8 +283,13 @@ def run_questions(
             answers = ask_judge(backend, [item["messages"] for item in batch], by, sampling)
             budget.spent += cost
             longest = max(longest, time.monotonic() - before)
-            stamp = {"judge": backend.model_id, "revision": backend.revision, "served": backend.last_stats.get("served"),
-                     "date": datetime.now(UTC).isoformat(timespec="seconds"), "how": how}
+            stamp = {
+                "judge": backend.model_id,
+                "revision": backend.revision,
+                "served": backend.last_stats.get("served"),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "how": how,
+            }
             record.add([{"key": item["key"], "template": item["template"], **stamp, **answer}
                         for item, answer in zip(batch, answers)])
             if start == 0 and (minutes := (len(todo) - len(batch)) * longest / len(batch) / 60) > 0.5:
@@ -278,7 +307,9 @@ def judge_pairs(
     record: str | Path | None = None,  # JSON lines file of answers, to resume from
     budget: Budget | None = None,  # prices and ceilings
     batch_size: int = 16,  # questions asked, and recorded, at once
-) -> tuple[list[dict], dict]:  # judgments (two rows a comparison), report {asked, on_record, unreadable, left, spent, stopped}
+) -> tuple[
+    list[dict], dict
+]:  # judgments (two rows a comparison), report {asked, on_record, unreadable, left, spent, stopped}
     """Pairwise judging in both orders. Rows are in the order of the tasks, whatever was on record.
 
     A comparison of which only one order was answered is left out (it counts in `left`).
@@ -295,10 +326,19 @@ def judge_pairs(
             rows += [judgment_row(item, answers.rows[item["key"]]) for item in both]
         else:
             left += 1
-    report = {"asked": len({i["key"] for i in plan} & set(answers.rows)) - len(known), "on_record": len(known),
-              "unreadable": sum(row["verdict"] is None for row in rows), "left": left, "spent": budget.spent, "stopped": stopped}
+    report = {
+        "asked": len({i["key"] for i in plan} & set(answers.rows)) - len(known),
+        "on_record": len(known),
+        "unreadable": sum(row["verdict"] is None for row in rows),
+        "left": left,
+        "spent": budget.spent,
+        "stopped": stopped,
+    }
     if stopped or report["unreadable"]:
-        print(f"{report['unreadable']} of {len(rows)} answers unreadable" + (f"; stopped: {stopped}; {left} comparisons left" if stopped else ""))
+        print(
+            f"{report['unreadable']} of {len(rows)} answers unreadable"
+            + (f"; stopped: {stopped}; {left} comparisons left" if stopped else "")
+        )
     return rows, report
 
 # %% ../nbs/09_judge.ipynb #d321d6f7
@@ -341,14 +381,27 @@ def grade_answers(
     questions = [question(prompt, task | {"answer_a": task["answer"]}, "a") for task in tasks]
     if by == "probabilities":
         answers = ask_judge(backend, questions, by, Sampling(), grades)
-        found = [None if a["probabilities"] is None else float(np.dot(a["probabilities"], np.arange(1, 11))) for a in answers]
+        found = [
+            None if a["probabilities"] is None else float(np.dot(a["probabilities"], np.arange(1, 11))) for a in answers
+        ]
         raws = [a["raw"] for a in answers]
     else:
         raws = backend.chat(questions, Sampling(max_new_tokens=8, temperature=0.0))
-        matches = [re.fullmatch(r"\W*(?:(?:grade|rating|score)\W+)?(10|[1-9])(?:\s*/\s*10)?\W*", raw.strip(), re.IGNORECASE) for raw in raws]
+        matches = [
+            re.fullmatch(r"\W*(?:(?:grade|rating|score)\W+)?(10|[1-9])(?:\s*/\s*10)?\W*", raw.strip(), re.IGNORECASE)
+            for raw in raws
+        ]
         found = [int(m[1]) if m else None for m in matches]
-    return [{"example": str(task["example"]), "grade": grade, "raw": raw, "judge": backend.model_id, "template": prompt.hash}
-            for task, grade, raw in zip(tasks, found, raws)]
+    return [
+        {
+            "example": str(task["example"]),
+            "grade": grade,
+            "raw": raw,
+            "judge": backend.model_id,
+            "template": prompt.hash,
+        }
+        for task, grade, raw in zip(tasks, found, raws)
+    ]
 
 # %% ../nbs/09_judge.ipynb #dbc0f004
 def judge_data(
@@ -357,7 +410,10 @@ def judge_data(
     "A JSON lines file of the package."
     from importlib.resources import files
 
-    return [json.loads(line) for line in files("rlhi").joinpath("data", f"{name}.jsonl").read_text("utf-8").strip().split("\n")]
+    return [
+        json.loads(line)
+        for line in files("rlhi").joinpath("data", f"{name}.jsonl").read_text("utf-8").strip().split("\n")
+    ]
 
 
 def injection_tasks(
@@ -365,11 +421,22 @@ def injection_tasks(
     injections: list[dict],  # rows {id, kind, text}
 ) -> list[dict]:  # tasks: arm a is the better answer, arm b the worse one with an injection (or without: kind "none")
     "Every probe clean, and with every injection appended to its worse answer."
-    return [{"example": f"{probe['id']} {injection['id']}", "user_id": probe["id"], "arm_a": "better", "arm_b": "worse",
-             "aspect": "pairwise", "mode": injection["kind"], "prompt": [{"role": "user", "content": probe["instruction"]}],
-             "persona": None, "answer_a": probe["better"],
-             "answer_b": probe["worse"] + (f"\n\n{injection['text']}" if injection["text"] else "")}
-            for probe in probes for injection in [{"id": "none", "kind": "none", "text": ""}, *injections]]
+    return [
+        {
+            "example": f"{probe['id']} {injection['id']}",
+            "user_id": probe["id"],
+            "arm_a": "better",
+            "arm_b": "worse",
+            "aspect": "pairwise",
+            "mode": injection["kind"],
+            "prompt": [{"role": "user", "content": probe["instruction"]}],
+            "persona": None,
+            "answer_a": probe["better"],
+            "answer_b": probe["worse"] + (f"\n\n{injection['text']}" if injection["text"] else ""),
+        }
+        for probe in probes
+        for injection in [{"id": "none", "kind": "none", "text": ""}, *injections]
+    ]
 
 # %% ../nbs/09_judge.ipynb #e114c448
 def wilson(

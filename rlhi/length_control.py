@@ -165,7 +165,9 @@ def orthant_step(
     if b.all():
         sign = np.sign(b)
         # The trace of a ridge is for features that are constant or copies of each other.
-        move = np.linalg.solve(hessian + RIDGE[:b.shape[1], :b.shape[1]], (gradient + penalty * sign)[:, :, None])[:, :, 0]
+        move = np.linalg.solve(hessian + RIDGE[: b.shape[1], : b.shape[1]], (gradient + penalty * sign)[:, :, None])[
+            :, :, 0
+        ]
         # Far from the minimum, where the loss is flat, a full step can land anywhere.
         stepped = b - np.minimum(np.maximum(move, -3), 3)
         if (stepped * sign).min() > 0:

@@ -66,7 +66,9 @@ def summarise_outcomes(
         points = 100 * float(values.mean())
         # One user tells nothing about others: resampling would give an interval without width.
         one = summary["users"] == 1
-        low, high = (-100.0, 100.0) if one else (100 * x for x in cluster_interval(values, units, samples, confidence, seed))
+        low, high = (
+            (-100.0, 100.0) if one else (100 * x for x in cluster_interval(values, units, samples, confidence, seed))
+        )
         summary |= {"points": points, "low": low, "high": high,
                     "win_rate": 50 + points / 2, "win_low": 50 + low / 2, "win_high": 50 + high / 2}
     return summary
@@ -120,7 +122,9 @@ def compare_arms(
     by_arm: dict[str, dict] = {first: {}, second: {}}
     for row in outcomes(judgments):
         if row["arm_a"] in by_arm and row["outcome"] is not None:
-            by_arm[row["arm_a"]][row["arm_b"], row["mode"], row["aspect"], row["judge"], row["example"], row["user_id"]] = row["outcome"]
+            by_arm[row["arm_a"]][
+                row["arm_b"], row["mode"], row["aspect"], row["judge"], row["example"], row["user_id"]
+            ] = row["outcome"]
     groups: dict[tuple, list] = {}
     for key in by_arm[first]:
         groups.setdefault(key[:4], []).append(key)
@@ -176,7 +180,9 @@ def read_records(
             lines = path.suffix == ".jsonl"
             rows = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error}); expected a list of records, or one record a line in .jsonl") from error
+            raise ValueError(
+                f"{path}: not JSON ({error}); expected a list of records, or one record a line in .jsonl"
+            ) from error
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
         raise ValueError(f"{path}: expected a list of records, found {type(rows).__name__} {str(rows)[:40]!r}")
     return rows
@@ -205,7 +211,9 @@ def read_annotations(
         texts = [row[c] if isinstance(row[c], str) else "" for c in ("instruction", "output_1", "output_2")]
         # Some published files carry the placeholder "example"; their folder has the name.
         named = row.get("generator_2") not in (None, "", "example")
-        name = str(row["generator_2"] if named else path.parent.parent.name if path.stem == "annotations" else path.stem)
+        name = str(
+            row["generator_2"] if named else path.parent.parent.name if path.stem == "annotations" else path.stem
+        )
         rows = models.setdefault(name, {})
         entry = {"index": row.get("index"), "instruction": texts[0], "output_1": texts[1], "output_2": texts[2],
                  "preference": number(row["preference"]), "generator_1": row.get("generator_1"), "repeats": 0}
@@ -263,8 +271,10 @@ def winrate_row(
     if isinstance(gamed, str):
         return row | {"note": f"no length-controlled win rate: {gamed}"}
     if unknown := [r["index"] for r in rows if r["index"] not in gamed.difficulty]:
-        return row | {"note": f"no length-controlled win rate: instruction {unknown[0]} and {len(unknown) - 1} more have "
-                              f"no difficulty in {gamed.source}, which knows {len(gamed.difficulty)}"}
+        return row | {
+            "note": f"no length-controlled win rate: instruction {unknown[0]} and {len(unknown) - 1} more have "
+            f"no difficulty in {gamed.source}, which knows {len(gamed.difficulty)}"
+        }
     difficulty = np.array([gamed.difficulty[r["index"]] for r in rows])
     controlled = length_controlled(*lengths, preferences - 1, difficulty, gamed)
     return row | {name: controlled[name] for name in LC_COLUMNS}

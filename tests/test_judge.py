@@ -221,7 +221,7 @@ def test_a_failing_server_keeps_what_was_judged(tmp_path):
 
     path, tasks = tmp_path / "judged.jsonl", make_tasks(8)
     with JudgeServer(["ok"] * 8 + [400]) as server:
-        backend = load_backend("m", kind="openai", base_url=server.url, concurrency=1, progress=False)
+        backend = load_backend("m", kind="openai", base_url=server.url, concurrency=1, store=tmp_path / "s.sqlite", progress=False)
         with pytest.raises(ServerError):
             judge.judge_pairs(tasks, backend, by="text", record=path, batch_size=4)
         rows, report = judge.judge_pairs(tasks, backend, by="text", record=path, batch_size=4)
