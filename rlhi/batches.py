@@ -14,7 +14,7 @@ import torch
 
 from .generate import fingerprint
 from .prefix import sequence_logprobs
-from .tries import answer_tokens, plant
+from .tries import answer_tokens, first_fit, plant
 
 # %% ../nbs/08_batches.ipynb #17ba0791
 @dataclass
@@ -26,6 +26,7 @@ class TrainConfig:
     loss_type: str = "sigmoid"  # DPO: any of TRL's losses for pairs
     learning_rate: float = 2e-4  # for LoRA; full fine-tuning in the paper's run: 5e-7 to 1e-6
     batch_size: int = 4  # rows per process and forward pass
+    token_budget: int = 0  # DPO: most unique tokens of one pass; a batch beyond it takes several; 0: no bound
     accumulate: int = 1  # passes per optimizer step; the paper's run: 64 pairs per step in all
     epochs: float = 1.0  # passes over the rows
     max_steps: int = -1  # stop after so many optimizer steps; -1: after `epochs`
@@ -46,6 +47,9 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if self.token_budget and (self.method == "sft" or self.sharing == "none" or self.loss_type.startswith("aot")):
+            raise ValueError("token_budget splits a batch of pairs, so it needs method dpo, sharing, and a loss that is "
+                             f"a mean over pairs; found {self.method}, sharing {self.sharing}, loss {self.loss_type}")
 
 # %% ../nbs/08_batches.ipynb #b3f0c7f6
 def tokenise(
@@ -168,8 +172,17 @@ class PackedCollator:
     sharing: str  # pair or conversation: how far prefixes are shared
     states: list[torch.Tensor] | None = None  # per row, states entering `layer`; None: start from the tokens
     layer: int = 0  # first layer to compute
+    token_budget: int = 0  # most unique tokens of a packed row; pairs beyond it go into further rows; 0: no bound
 
     def __call__(self, items: list[dict]) -> dict:
+        """One batch, or `parts` of it with the weights that make their losses add up to the mean over all pairs."""
+        if not self.token_budget:
+            return self._one_row(items)
+        sizes = [len(plant(sequences_of(item)).tokens) for item in items]
+        return {"parts": [self._one_row([items[i] for i in sorted(row)]) | {"weight": len(row) / len(items)}
+                          for row in first_fit(sizes, self.token_budget)]}
+
+    def _one_row(self, items):
         parts = [sequences_of(item) for item in items]
         sides = len(parts[0])
         sequences = [part[side] for side in range(sides) for part in parts]

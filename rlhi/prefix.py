@@ -320,6 +320,7 @@ def sequence_scores(
     prompts: list[list[int]],  # token ids
     answers: list[list[int]],  # token ids; the score is read at the last one
     token_budget: int = 4096,  # unique tokens of one packed row
+    progress=None,  # called with the number of finished answers after each row
 ) -> list[float]:  # the model's first output per answer
     """Reward of every answer under its prompt; N candidates of one request cost one prompt."""
     sequences = list(zip(prompts, answers, strict=True))
@@ -331,4 +332,6 @@ def sequence_scores(
             values = inner.score(hidden_states(inner.base_model, forest)[last])[:, 0].double().tolist()
             for index, value in zip(pack, values, strict=True):
                 scores[index] = value
+            if progress:
+                progress(len(pack))
     return scores

@@ -65,6 +65,19 @@ def trainer_class(
         def _precompute_ref_logps(self, dataset, *args, **kwargs):
             return dataset
 
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            weight = inputs.pop("weight", 1.0)
+            return super().compute_loss(model, inputs, *args, **kwargs) * weight
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            step = super().training_step
+            return sum(step(model, part, *args, **kwargs) for part in inputs.get("parts", [inputs]))
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            step = super().prediction_step
+            losses = [step(model, part, *args, **kwargs)[0] for part in inputs.get("parts", [inputs])]
+            return sum(losses), None, None
+
     return RowsTrainer
 
 # %% ../nbs/08_train.ipynb #972a67c4
@@ -246,7 +259,7 @@ def _build_trainer(model, tokenizer, ready, held, config, out, top):
         model=model, args=_arguments(config, out / "checkpoints", steps, batches, bool(held)),
         train_dataset=_dataset(ready, 0, config), eval_dataset=_dataset(held, len(ready), config) if held else None,
         processing_class=tokenizer, peft_config=_adapter(config, model),
-        data_collator=PackedCollator(config.sharing, states, top or 0) if packed else None)
+        data_collator=PackedCollator(config.sharing, states, top or 0, config.token_budget) if packed else None)
     from transformers import PrinterCallback
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_progress(steps, plan(ready, config.sharing), config))

@@ -104,6 +104,18 @@ def test_loss_metrics_and_every_gradient_equal_trl(tokenizer, sharing, loss_type
         assert (packed[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(tmp_path, tokenizer):
+    settings = dict(batch_size=5, epochs=2, learning_rate=1e-3, lora_layers=1, checkpoints=0)
+    whole = train(make_pairs(5), "tiny", tmp_path / "whole", **settings)
+    parts = train(make_pairs(5), "tiny", tmp_path / "parts", token_budget=70, **settings)
+    items, _ = tokenise(make_pairs(5), tokenizer, TrainConfig())
+    ready = [item | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, "index": 0} for item in items]
+    assert len(PackedCollator("pair", token_budget=70)(ready)["parts"]) > 1
+    for left, right in zip(whole.log, parts.log, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
+        assert right["gradient_norm"] == pytest.approx(left["gradient_norm"], rel=1e-4)
+
+
 def test_the_pure_loss_is_trls(tokenizer):
     rows = make_pairs(2)
     (loss, *_), _ = trl_and_packed(rows, tokenizer, "pair")
