@@ -51,7 +51,8 @@ def reply(handler, status: int, body: bytes, headers: dict = {}, length: int | N
     handler.wfile.write(body)
 
 
-def completion(text: str, finish: str = "stop", prompt_tokens: int = 10, answer_tokens: int = 5, logprobs=None) -> bytes:
+def completion(text: str | None, finish: str = "stop", prompt_tokens: int = 10, answer_tokens: int = 5,
+               logprobs=None) -> bytes:
     """Body of a chat completion."""
     return json.dumps({
         "id": "x", "object": "chat.completion", "created": int(time.time()), "model": "m",

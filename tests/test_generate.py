@@ -209,14 +209,14 @@ def test_temperature_sharpens():
 
 
 def test_answers_do_not_depend_on_the_batch(tiny):
-    sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, seed=3)
+    sampling = Sampling(max_new_tokens=12, temperature=0.3, top_p=0.95, seed=3)
     together = tiny.candidates(CONVERSATIONS, 3, sampling)
     assert [tiny.candidates([messages], 3, sampling)[0] for messages in CONVERSATIONS] == together
     small = load_backend("tiny", dtype="float32", progress=False, batch_size=2)
     assert small.candidates(CONVERSATIONS[::-1], 3, sampling)[::-1] == together
     assert len({answer for answers in together for answer in answers}) == 21  # candidates differ
     assert tiny.chat(CONVERSATIONS, sampling) == [answers[0] for answers in together]
-    assert tiny.chat(CONVERSATIONS, Sampling(12, 1.0, 0.95, seed=4)) != tiny.chat(CONVERSATIONS, sampling)
+    assert tiny.chat(CONVERSATIONS, Sampling(12, 0.3, 0.95, seed=4)) != tiny.chat(CONVERSATIONS, sampling)
 
 
 def test_cut_answers_are_reported(tiny):
@@ -323,9 +323,9 @@ import json, sys
 from rlhi.generate import Sampling, load_backend
 store, out = sys.argv[1:]
 backend = load_backend("tiny", store=store, dtype="float32", progress=False, batch_size=4)
-conversations = [[{"role": "user", "content": f"Question {i}: " + "why " * (i % 7)}] for i in range(24)]
+conversations = [[{"role": "user", "content": f"Question {i}: " + "why " * (i % 7)}] for i in range(12)]
 print("ready", flush=True)
-answers = [backend.candidates(conversations[half:half + 16], 2, Sampling(40, 1.0, 0.95, seed=1)) for half in (0, 8)]
+answers = [backend.candidates(conversations[half:half + 8], 2, Sampling(20, 0.2, 0.95, seed=1)) for half in (0, 4)]
 open(out, "w").write(json.dumps(answers))
 """
 
@@ -340,20 +340,20 @@ def test_killed_and_resumed_is_byte_identical_and_two_may_share(tmp_path):
     """One undisturbed run; one killed with SIGKILL once it has recorded something, then finished by two at once."""
     undisturbed, killed = start_worker(tmp_path, "a.sqlite", "a.json"), start_worker(tmp_path, "b.sqlite", "b.json")
     killed.stdout.readline()
-    store, deadline = Store(tmp_path / "b.sqlite"), time.time() + 60
-    while len(store) < 8 and time.time() < deadline:
+    store, deadline = Store(tmp_path / "b.sqlite"), time.time() + 120
+    while len(store) < 4 and time.time() < deadline:
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     recorded = len(store)
-    assert 8 <= recorded < 48 and not (tmp_path / "b.json").exists()
+    assert 4 <= recorded < 24 and not (tmp_path / "b.json").exists()
     pair = [start_worker(tmp_path, "b.sqlite", name) for name in ("b.json", "c.json")]
-    assert [process.wait(timeout=120) for process in [undisturbed, *pair]] == [0, 0, 0]
+    assert [process.wait(timeout=300) for process in [undisturbed, *pair]] == [0, 0, 0]
     texts = [(tmp_path / name).read_bytes() for name in ("a.json", "b.json", "c.json")]
     assert texts[0] == texts[1] == texts[2]
     rows = [sqlite3.connect(tmp_path / name).execute("SELECT key, text, finish FROM answers ORDER BY key").fetchall()
             for name in ("a.sqlite", "b.sqlite")]
-    assert rows[0] == rows[1] and len(rows[0]) == 48
+    assert rows[0] == rows[1] and len(rows[0]) == 24
 
 
 def test_adapter_is_merged_and_part_of_the_key(tmp_path, tiny):
@@ -449,7 +449,8 @@ def test_the_pace_is_kept():
 def test_choose_by_counting_where_there_are_no_logprobs():
     with FaultyServer() as server:  # it repeats the message in capitals, and gives no log-probabilities
         backend = server_backend(server)
-        assert backend.choose([talk("the answer is b"), talk("nothing here")], ["A", "B"]).tolist() == [[0, 1], [0.5, 0.5]]
+        table = backend.choose([talk("the answer is b"), talk("nothing here")], ["A", "B"])
+        assert table.tolist() == [[0, 1], [0.5, 0.5]]
         assert backend.last_stats == {"answers": 2, "by_count": 2, "unparsed": 1}
 
 
