@@ -48,8 +48,8 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         if self.token_budget and (self.method == "sft" or self.sharing == "none" or self.loss_type.startswith("aot")):
-            raise ValueError("token_budget splits a batch of pairs, so it needs method dpo, sharing, and a loss that is "
-                             f"a mean over pairs; found {self.method}, sharing {self.sharing}, loss {self.loss_type}")
+            raise ValueError("token_budget splits a batch of pairs, so it needs method dpo, sharing, and a loss that "
+                             f"is a mean over pairs; found {self.method}, sharing {self.sharing}, loss {self.loss_type}")
 
 # %% ../nbs/08_batches.ipynb #b3f0c7f6
 def tokenise(
