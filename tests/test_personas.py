@@ -160,10 +160,18 @@ def test_evidence_points_at_the_messages():
 
 
 def test_unlikely_feedback_weighs_little():
-    rows, followups = complaints("u", "Way too long!")
-    followups = [followup("cu0", 2, "u", "continuation", 0.96)]
-    assert values(personas.infer_personas(rows, followups)[0]) == {}
-    assert values(personas.infer_personas(rows, followups, requests=0.9)[0]) == {"length": "short"}
+    "One style word in a message that is hardly feedback is not enough, two in different conversations are."
+    rows, _ = complaints("u", "Way too long!", "Please be brief.")
+    doubtful = [followup(row["conversation_id"], 2, "u", "continuation", 0.98) for row in rows]
+    assert values(personas.infer_personas(rows, doubtful[:1])[0]) == {}
+    assert values(personas.infer_personas(rows, doubtful)[0]) == {"length": "short"}
+
+
+def test_pasted_text_is_not_read():
+    pasted = "The committee asked for a short summary with bullet points and a formal tone. " * 20
+    text = f"You forgot the river.\n{pasted}\nIt should be blue."
+    assert feedback.read_preferences([text]) == [{}]
+    assert feedback.read_preferences([f"{pasted}\nThat was way too long."])[0]["length"][0] == "short"
 
 
 # --- texts
