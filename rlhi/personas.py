@@ -20,7 +20,7 @@ from .histories import clean_persona, parse_summary, summarise_histories
 from .simulate import DIMENSIONS, NO_PREFERENCE
 
 # %% ../nbs/05_personas.ipynb #0716d970
-DOUBT = 0.3  # weight of words about style in a follow-up that is surely no feedback
+DOUBT = 0.2  # weight of words about style in a follow-up that is surely no feedback
 
 
 def count_evidence(
