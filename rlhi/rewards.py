@@ -134,7 +134,7 @@ def score_sequences(
     one prompt beside each other, so a pass that computes a shared prompt once can take its place.
     """
     import torch
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), sequences[i]), reverse=True)
     device, scores = next(model.parameters()).device, [0.0] * len(sequences)

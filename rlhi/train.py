@@ -194,7 +194,7 @@ def _load(model: str, dtype: str = "float32"):
 
 def _progress(total: int, counts: dict, config: TrainConfig):
     "One quiet progress bar instead of TRL's printed dictionaries."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):

@@ -160,8 +160,8 @@ def test_evidence_points_at_the_messages():
 
 
 def test_unlikely_feedback_weighs_little():
-    "One style word in a message that is hardly feedback is not enough, two in different conversations are."
-    rows, _ = complaints("u", "Way too long!", "Please be brief.")
+    "One style word in a message that is hardly feedback is not enough, three in different conversations are."
+    rows, _ = complaints("u", "Way too long!", "Please be brief.", "shorter please")
     doubtful = [followup(row["conversation_id"], 2, "u", "continuation", 0.98) for row in rows]
     assert values(personas.infer_personas(rows, doubtful[:1])[0]) == {}
     assert values(personas.infer_personas(rows, doubtful)[0]) == {"length": "short"}
