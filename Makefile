@@ -37,10 +37,10 @@ reproduce: $(INSTALLED)
 	@$(BIN)/rlhi reproduce $(or $(PROFILE),demo)
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test-fast: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not slow"
 
 bench: $(INSTALLED)
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -115,6 +115,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("tiny")
 def test_tiny_runs_to_the_report(undisturbed):
     results = undisturbed / "results"
     page = (results / "report.html").read_text()
@@ -129,6 +130,7 @@ def test_tiny_runs_to_the_report(undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("tiny")
 def test_second_run_computes_nothing(undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.ipynb")}
     run_tiny(undisturbed)
@@ -136,6 +138,7 @@ def test_second_run_computes_nothing(undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("tiny")
 def test_killed_three_times_the_pairs_are_the_same(undisturbed, tmp_path):
     """SIGKILL to the runner and whatever it started, in three stages; then the run is started once more."""
     waits = [tmp_path / "tables" / "followups.parquet", tmp_path / "tables" / "pairs.parquet", tmp_path / "adapters" / "UBR-seed0" / "run.json"]
