@@ -26,7 +26,8 @@ def kind(request, reply, message):
 
 def test_turn_is_the_index_among_all_messages():
     row = {"conversation_id": "c", "user_id": "u", "turns": [
-        {"role": "system", "content": "be kind"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]}
     found = follow_ups(row)
     assert [f["turn"] for f in found] == [3, 5]
@@ -62,7 +63,8 @@ def test_rerun_is_identical_to_the_byte():
     ("write an essay on tea", "Tea is a drink...", "thank you so much!", "positive_feedback"),
     ("write an essay on tea", "Tea is a drink...", "continue", "continuation"),
     ("write an essay on tea", "Tea is a drink...", "who painted the Mona Lisa?", "new_request"),
-    ("write a script that sorts files", "```python\nimport os\n```", "NameError: name 'sys' is not defined", "reattempt_with_feedback"),
+    ("write a script that sorts files", "```python\nimport os\n```", "NameError: name 'sys' is not defined",
+     "reattempt_with_feedback"),
     ("напиши сочинение", "Вот сочинение...", "сделай короче", "reattempt_with_feedback"),
     ("напиши сочинение", "Вот сочинение...", "продолжай", "continuation"),
     ("写一篇作文", "春天来了……", "太长了，短一点", "reattempt_with_feedback"),
@@ -75,7 +77,8 @@ def test_plain_cases(request_, reply, message, expected):
     assert kind(request_, reply, message) == expected
 
 
-@pytest.mark.parametrize("message", ["", " ", "\n", "?", "\x00", "😀", "a" * 200_000, "```", "((((", "ｆｕｌｌ", "\u202eabc", "{{message}}"])
+@pytest.mark.parametrize("message", ["", " ", "\n", "?", "\x00", "😀", "a" * 200_000, "```", "((((", "ｆｕｌｌ", "\u202eabc",
+                                     "{{message}}"])
 def test_any_text_is_classified(message):
     row = classify_followups([talk("hi", "hello", message)])[0]
     assert row["kind"] in KINDS and np.isfinite(list(row["probabilities"].values())).all()
@@ -125,8 +128,10 @@ def test_features_have_fixed_names():
 
 
 def test_span_is_the_complaint():
-    assert feedback_span("Nice work. But you forgot the date, the letter must have one.", "write a letter").startswith("But you forgot")
-    assert feedback_span("def f():\n    pass\nIndentationError: unexpected indent", "write f").startswith("IndentationError")
+    letter = "Nice work. But you forgot the date, the letter must have one."
+    assert feedback_span(letter, "write a letter").startswith("But you forgot")
+    code = "def f():\n    pass\nIndentationError: unexpected indent"
+    assert feedback_span(code, "write f").startswith("IndentationError")
     long = "The hero wakes up. " * 60 + "No, the hero must be a woman! " + "She goes to town. " * 60
     span = feedback_span(long, "The hero wakes up. She goes to town.")
     assert "must be a woman" in span and len(span) <= 400
@@ -173,8 +178,10 @@ def test_scores_agree_with_sklearn():
 
 
 def test_evaluation_leaves_out_disagreement_and_refuses_gaps():
-    predicted = [{"conversation_id": "a", "turn": 2, "kind": "continuation"}, {"conversation_id": "b", "turn": 2, "kind": "new_request"}]
-    gold = [{"conversation_id": "a", "turn": 2, "label": "continuation"}, {"conversation_id": "b", "turn": 2, "label": None}]
+    predicted = [{"conversation_id": "a", "turn": 2, "kind": "continuation"},
+                 {"conversation_id": "b", "turn": 2, "kind": "new_request"}]
+    gold = [{"conversation_id": "a", "turn": 2, "label": "continuation"},
+            {"conversation_id": "b", "turn": 2, "label": None}]
     found = evaluate_followups(predicted, gold, draws=20)
     assert (found["n"], found["left_out"], found["continuation"]["f1"]) == (1, 1, 1)
     with pytest.raises(ValueError, match="'c', turn 4"):
@@ -210,9 +217,9 @@ def test_examples_are_sound():
 
 
 def test_examples_are_not_from_the_logs(shared_data):
-    texts = "\n".join(path.read_text(encoding="utf-8") for path in [shared_data / "wildchat" / "conversations.jsonl"])
-    copied = [e["message"] for e in read_examples() if len(e["message"]) > 60 and json.dumps(e["message"], ensure_ascii=False)[1:-1] in texts]
-    assert copied == []
+    logs = (shared_data / "wildchat" / "conversations.jsonl").read_text(encoding="utf-8")
+    long = [e["message"] for e in read_examples() if len(e["message"]) > 60]
+    assert [m for m in long if json.dumps(m, ensure_ascii=False)[1:-1] in logs or json.dumps(m)[1:-1] in logs] == []
 
 
 def test_a_part_of_the_examples_trains_a_classifier_of_the_rest():
