@@ -117,7 +117,7 @@ def test_run_makes_pairs_and_an_adapter(tmp_path):
         for row in rows:
             file.write(json.dumps({"id": row["conversation_id"], "user": row["user_id"], "messages": row["turns"]}) + "\n")
     out = tmp_path / "mine"
-    command = [BIN / "rlhi", "run", log, "--out", out, "--model", "tiny", "--pairs", "4", "--max-new-tokens", "12", "--min-gap", "-1", "--epochs", "1", "--store", tmp_path / "s.sqlite"]
+    command = [BIN / "rlhi", "run", log, "--out", out, "--model", "tiny", "--scorer", "judge:tiny", "--pairs", "4", "--max-new-tokens", "12", "--min-gap", "-1", "--epochs", "1", "--store", tmp_path / "s.sqlite"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((out / "summary.json").read_text())
