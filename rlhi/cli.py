@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'save_rows', 'read_log', 'load_policy', 'followups_of', 'personas_of', 'pairs_of', 'run_followups',
            'run_personas', 'run_pairs', 'run_train', 'train_adapter', 'run_all', 'run_chat', 'run_reproduce',
-           'run_show', 'run_winrate', 'run_agreement', 'add_log_options', 'add_model_options', 'add_sampling_options',
-           'add_pair_options', 'add_training_options', 'make_parser', 'add_rest', 'main']
+           'run_show', 'print_rows', 'run_winrate', 'run_agreement', 'add_log_options', 'add_model_options',
+           'add_sampling_options', 'add_pair_options', 'add_training_options', 'make_parser', 'add_rest', 'main']
 
 # %% ../nbs/14_cli.ipynb #902ba3cd
 import argparse
@@ -221,17 +221,25 @@ def run_show(options: argparse.Namespace) -> None:
     print(f"Tables and figures: {run.results}\nReport: {run.results / 'report.html'}")
 
 
-def run_winrate(options: argparse.Namespace) -> None:
-    "`rlhi winrate`: AlpacaEval win rates from annotation files."
-    from rlhi.winrates import winrate_files
-
-    rows = winrate_files(options.files, gamed=options.gamed, difficulty=options.difficulty)
-    if options.json:
+def print_rows(
+    rows: list[dict],  # rows of a result
+    as_json: bool,  # JSON for programs, a table for people
+) -> None:
+    "Print rows on standard output."
+    if as_json:
         print(json.dumps(rows, indent=1))
     else:
         import pandas
 
         print(pandas.DataFrame(rows).round(3).to_string(index=False))
+
+
+def run_winrate(options: argparse.Namespace) -> None:
+    "`rlhi winrate`: AlpacaEval win rates from annotation files."
+    from rlhi.winrates import winrate_files
+
+    rows = winrate_files(options.files, gamed=options.gamed, difficulty=options.difficulty)
+    print_rows(rows, options.json)
 
 # %% ../nbs/14_cli.ipynb #f6e1126c
 def run_agreement(options: argparse.Namespace) -> None:
@@ -240,12 +248,7 @@ def run_agreement(options: argparse.Namespace) -> None:
 
     judge = load_policy(options.judge, options) if options.judge else None
     rows = agreement_file(options.file, judge, options.limit)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        import pandas
-
-        print(pandas.DataFrame(rows).round(3).to_string(index=False))
+    print_rows(rows, options.json)
 
 # %% ../nbs/14_cli.ipynb #7719a1c7
 def add_log_options(parser: argparse.ArgumentParser) -> None:
