@@ -465,3 +465,22 @@ def test_first_token_probabilities():
     tops = [("A", np.log(0.6)), (" A", np.log(0.1)), ("B", np.log(0.2)), ("C", np.log(0.1))]
     assert first_token_probabilities(tops, ["A", "B"]) == pytest.approx([0.7, 0.2])
     assert first_token_probabilities([("An", -0.1)], ["Answer one", "Answer two"]) == [0, 0]
+
+
+def test_fingerprint_is_of_the_weights_and_not_of_the_occasion(tmp_path):
+    """PEFT writes the names of its layers in another order in every process, and our records hold seconds."""
+    import json
+
+    from rlhi.checkpoints import fingerprint
+
+    def adapter(name, modules, rank=4, seconds=1.0, weights=b"\x00\x01"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "target_modules": modules, "base_model_name_or_path": name}))
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+        (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
+        return fingerprint(folder)
+
+    first = adapter("one", ["q_proj", "v_proj"])
+    assert adapter("two", ["v_proj", "q_proj"], seconds=2.0) == first
+    assert len({first, adapter("three", ["q_proj", "v_proj"], rank=8), adapter("four", ["q_proj"]), adapter("five", ["q_proj", "v_proj"], weights=b"\x00\x02")}) == 4
