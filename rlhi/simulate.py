@@ -55,16 +55,31 @@ def aspects(
     return {"personalization": personal, "instruction following": on_topic, "overall": personal * on_topic}
 
 # %% ../nbs/01_simulate.ipynb #f6e1126c
+def _choice(tastes: list[str]) -> dict[str, tuple[str, ...]]:
+    "The part of DIMENSIONS that a list of tastes names."
+    known = [f"{d}: {v}" for d, values in DIMENSIONS.items() for v in values]
+    if unknown := [taste for taste in tastes if taste not in known]:
+        raise ValueError(f"unknown tastes {unknown}; expected some of {known}")
+    part = {d: tuple(v for v in values if f"{d}: {v}" in tastes) for d, values in DIMENSIONS.items()}
+    part = {d: values for d, values in part.items() if values}
+    if len(part) < 2:
+        raise ValueError(f"tastes {tastes} are of {len(part)} dimension; a user has two or three, so name at least two")
+    return part
+
+
 def make_users(
     n: int,  # how many
     seed: int = 0,
     split: str = "train",  # "train" or "test"
     shares: dict[str, float] | None = None,  # behaviour -> share, adding up to 1; SHARES by default
+    tastes: list[str] | None = None,  # tastes to choose from, such as "length: short"; all of DIMENSIONS by default
 ) -> list[User]:
     """Users with two or three tastes each; behaviours in exactly the given shares (largest remainders).
 
-    Raises ValueError for an unknown split or behaviour, or shares that do not add up to 1."""
+    Raises ValueError for an unknown split, behaviour or taste, fewer than two dimensions, or shares that do not add
+    up to 1."""
     shares = SHARES if shares is None else shares
+    choice = DIMENSIONS if tastes is None else _choice(tastes)
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
     if set(shares) - set(BEHAVIOURS) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
@@ -77,11 +92,11 @@ def make_users(
     users = []
     for i, behaviour in enumerate(behaviours):
         rng = seeded("user", seed, split, i)
-        chosen = rng.sample(list(DIMENSIONS), rng.choice((2, 3)))
+        chosen = rng.sample(list(choice), min(len(choice), rng.choice((2, 3))))
         if behaviour == "contradictory" and all(len(DIMENSIONS[d]) == 1 for d in chosen):
-            chosen[0] = "length"
+            chosen[0] = next((d for d in ("length", *choice) if d in choice and len(DIMENSIONS[d]) > 1), chosen[0])
         name = hashlib.sha256(f"{seed}/{split}/{i}".encode()).hexdigest()[:12]
-        users.append(User(f"sim-{name}", {d: rng.choice(DIMENSIONS[d]) for d in DIMENSIONS if d in chosen},
+        users.append(User(f"sim-{name}", {d: rng.choice(choice[d]) for d in DIMENSIONS if d in chosen},
                           behaviour, split, i))
     return users
 

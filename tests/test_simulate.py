@@ -305,3 +305,14 @@ def test_hostile_text_reaches_the_log_unchanged(world):
     _, rows, truth = world
     said = " ".join(m["content"] for row in rows for m in row["turns"] if m["role"] == "user").lower()
     assert "<script>" in said or "<img" in said or "{{persona}}" in said
+
+
+def test_tastes_can_be_narrowed_and_are_checked():
+    few = ["length: short", "layout: bullets", "layout: prose"]
+    users = make_users(40, seed=3, tastes=few)
+    assert {f"{d}: {v}" for user in users for d, v in user.tastes.items()} == set(few)
+    assert all(len(user.tastes) == 2 for user in users)
+    with pytest.raises(ValueError, match="length: long"):
+        make_users(4, tastes=["length: short", "length: long"])
+    with pytest.raises(ValueError, match="at least two"):
+        make_users(4, tastes=["length: short", "length: detailed"])

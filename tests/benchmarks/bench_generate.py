@@ -2,13 +2,14 @@
 
 8 to 64 prompts of about 60 tokens, 32 new tokens each, SmolLM2-135M-Instruct: beside transformers' own `generate` on
 the same batch; and 16 prompts with a common beginning of 130 tokens, computed together and each alone."""
+import functools
 import time
 
 import pytest
 import torch
 
-from rlhi.generate import Sampling, load_backend
-from rlhi.local import prefill
+from rlhi.generate import Sampling, load_backend, resolve_model
+from rlhi.local import load_model, prefill
 
 THINGS = ("cook rice", "write a loop", "plant a tree", "fix a bike", "learn chess", "bake bread", "tie a knot", "sing")
 TALKS = [[{"role": "user", "content": f"Explain how to {thing} on day {day}, in a way that a beginner can follow, "
@@ -22,16 +23,20 @@ def backend():
     return load_backend("smollm2", progress=False)
 
 
+@functools.lru_cache(maxsize=1)
+def plain_model():
+    """The model as transformers loads it."""
+    model = load_model(resolve_model("smollm2"))[0]
+    model.set_attn_implementation("sdpa")
+    return model
+
+
 def by_transformers(backend, talks) -> list[str]:
     """Greedy answers by transformers' own loop: one left-padded batch."""
     tokenizer = backend.tokenizer
     batch = tokenizer.pad({"input_ids": [backend.tokens(talk) for talk in talks]}, padding_side="left",
                           return_tensors="pt")
-    backend.model.set_attn_implementation("sdpa")
-    try:
-        ids = backend.model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-    finally:
-        backend.model.set_attn_implementation("grouped_sdpa")
+    ids = plain_model().generate(**batch, max_new_tokens=NEW, do_sample=False)
     new = ids[:, batch["input_ids"].shape[1]:]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -43,7 +48,8 @@ def ours(backend, talks) -> list[str]:
 @pytest.mark.bench
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
 def test_tokens_per_second(backend, size):
-    ours(backend, TALKS[:1])
+    for run in (ours, by_transformers):
+        run(backend, TALKS[:1])
     results, seconds = {}, {}
     for name, run in (("rlhi", ours), ("transformers", by_transformers)):
         start = time.perf_counter()
