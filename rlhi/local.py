@@ -221,7 +221,7 @@ def _score_group(model, filled: list[Slots], length: int, first: torch.Tensor, g
 
 # %% ../nbs/03_local.ipynb #b8d1c0a2
 class PackedLinear(torch.nn.Module):
-    "A linear layer for inference on CPU in float32, its weights kept in the order in which oneDNN multiplies them."
+    "A linear layer for inference on CPU, its weights kept in the order in which oneDNN multiplies them."
 
     def __init__(self, linear: torch.nn.Linear,  # the layer whose place it takes
                  rows: int = 32,  # rows of a typical input, which decide the order; any number is right, only slower
@@ -234,11 +234,13 @@ class PackedLinear(torch.nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack_linear(model: torch.nn.Module,  # changed in place; it can no longer be trained
+def pack_linear(model: torch.nn.Module,  # changed in place; it can no longer be trained, and a trainer says so
                 ) -> torch.nn.Module:
-    "Replace every linear layer by a `PackedLinear`, where that pays: on CPU in float32. Elsewhere nothing happens."
-    if model.device.type != "cpu" or model.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    "Replace every linear layer by a `PackedLinear`, where oneDNN has the product: on CPU. Elsewhere nothing happens."
+    known = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+    if not torch.backends.mkldnn.is_available() or model.device.type != "cpu" or model.dtype not in known:
         return model
+    model.requires_grad_(False)  # what is left unpacked would be trained alone, and nobody would notice
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is torch.nn.Linear:

@@ -5,8 +5,10 @@ import random
 
 import pytest
 
+from rlhi.checkpoints import resolve_model
 from rlhi.conversations import read_table, write_table
 from rlhi.generate import Sampling, load_backend, read_prompt
+from rlhi.local import load_model
 from rlhi.pairs import (add_rewards, best_against_worst, feedback_cases, filter_pairs, guided_rewrites, keep_best,
                         logged_sft_rows, make_pair, pick, requests, rewrites_from_scratch, sample_candidates, sft_rows,
                         user_agnostic_rewards, user_based_rewards)
@@ -278,8 +280,9 @@ def test_pairs_load_in_trl_as_they_are(tiny, tmp_path):
     from trl import DPOConfig, DPOTrainer
     pairs = user_based_rewards(ROWS, PERSONAS, tiny, PreferenceChecker(), 3, SHORT, FOLLOWUPS)
     config = DPOConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-                       save_strategy="no", disable_tqdm=True)
-    trainer = DPOTrainer(tiny.model, args=config, train_dataset=Dataset.from_list(pairs), processing_class=tiny.tokenizer)
+                       save_strategy="no", disable_tqdm=True, bf16=False)
+    model, _ = load_model(resolve_model("tiny"), dtype="float32")  # a backend's own model may be packed for inference
+    trainer = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(pairs), processing_class=tiny.tokenizer)
     sample = trainer.train_dataset[0]
     assert "Likes short answers." in tiny.tokenizer.decode(sample["prompt_ids"])
     assert tiny.tokenizer.decode(sample["chosen_ids"]).startswith(pairs[0]["chosen"][0]["content"][:20])

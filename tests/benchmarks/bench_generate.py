@@ -18,15 +18,15 @@ PERSONA = [{"role": "system", "content": "Be helpful. " + "The user likes short 
 NEW = 32
 
 
-@pytest.fixture(scope="module")
-def backend():
-    return load_backend("smollm2", progress=False)
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def backend(request):
+    return load_backend("smollm2", progress=False, dtype=request.param)
 
 
 @functools.lru_cache(maxsize=1)
-def plain_model():
+def plain_model(dtype):
     """The model as transformers loads it."""
-    model = load_model(resolve_model("smollm2"))[0]
+    model = load_model(resolve_model("smollm2"), dtype=dtype)[0]
     model.set_attn_implementation("sdpa")
     return model
 
@@ -36,7 +36,7 @@ def by_transformers(backend, talks) -> list[str]:
     tokenizer = backend.tokenizer
     batch = tokenizer.pad({"input_ids": [backend.tokens(talk) for talk in talks]}, padding_side="left",
                           return_tensors="pt")
-    ids = plain_model().generate(**batch, max_new_tokens=NEW, do_sample=False)
+    ids = plain_model(backend.dtype).generate(**batch, max_new_tokens=NEW, do_sample=False)
     new = ids[:, batch["input_ids"].shape[1]:]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -57,10 +57,12 @@ def test_tokens_per_second(backend, size):
         seconds[name] = time.perf_counter() - start
     tokens = sum(len(backend.tokenizer(text).input_ids) for text in results["rlhi"])
     equal = sum(a == b for a, b in zip(results["rlhi"], results["transformers"]))
-    print(f"\n{size:3} answers, {torch.get_num_threads()} threads, {tokens} new tokens: "
+    print(f"\n{backend.dtype}, {size:3} answers, {torch.get_num_threads()} threads, {tokens} new tokens: "
           + ", ".join(f"{name} {tokens / value:.0f} tokens/s" for name, value in seconds.items())
           + f"; {equal} of {size} answers equal")
-    assert equal >= 0.9 * size  # rounding may part two equally good words
+    begin = sum(a[:20] == b[:20] for a, b in zip(results["rlhi"], results["transformers"]))
+    # Rounding may part two equally good words; in bfloat16 it does so in many answers, but seldom at the first words.
+    assert (equal if backend.dtype == "float32" else begin) >= 0.85 * size
 
 
 @pytest.mark.bench
