@@ -96,8 +96,8 @@ def test_only_and_from_choose(tmp_path):
     assert later[0] == "30_user_eval" and "21_training" not in later
 
 
-def run_tiny(folder, wait=True):
-    command = [BIN / "rlhi", "reproduce", "tiny", "--out", str(folder)]
+def run_tiny(folder, *more, wait=True):
+    command = [BIN / "rlhi", "reproduce", "tiny", "--out", str(folder), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
@@ -141,16 +141,17 @@ def test_second_run_computes_nothing(undisturbed):
 @pytest.mark.xdist_group("tiny")
 def test_killed_three_times_the_pairs_are_the_same(undisturbed, tmp_path):
     """SIGKILL to the runner and whatever it started, in three stages; then the run is started once more."""
+    main_way = ("--only", "20_pipeline", "21_training", "30_user_eval")
     waits = [tmp_path / "tables" / "followups.parquet", tmp_path / "tables" / "pairs.parquet", tmp_path / "adapters" / "UBR-seed0" / "run.json"]
     for awaited in waits:
-        process = run_tiny(tmp_path, wait=False)
+        process = run_tiny(tmp_path, *main_way, wait=False)
         until = time.time() + 600
         while not awaited.exists() and process.poll() is None and time.time() < until:
             time.sleep(0.05)
         assert process.poll() is None, f"the run ended before {awaited.name} was seen: " + (tmp_path / "log.txt").read_text()[-3000:]
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    run_tiny(tmp_path)
+    run_tiny(tmp_path, *main_way)
     assert orphans(tmp_path) == []
     for name in ("conversations", "followups", "personas", "pairs"):
         assert (tmp_path / "tables" / f"{name}.parquet").read_bytes() == (undisturbed / "tables" / f"{name}.parquet").read_bytes(), name
