@@ -25,7 +25,7 @@ REASONS = {
     "empty answer": "one side has no word in it",
     "identical": "both sides are the same text",
     "near-identical": "both sides share nearly all their word triples",
-    "duplicate": "the same request with the same chosen side came before",
+    "duplicate": "the same request of the same user with the same chosen side came before",
     "refusal": "the chosen side declines the request",
     "language": "the chosen side is in another language than the request",
     "prompt length": "the prompt is outside the given range of characters",
@@ -81,7 +81,8 @@ def text_reason(
         return "identical"
     if similarity(chosen, rejected) >= near:
         return "near-identical"
-    key = (pair["method"], *(" ".join(re.findall(r"\w+", text.lower())) for text in (request, chosen)))
+    # The user is part of the key: else whoever copies requests in mass takes the pairs of those who asked them.
+    key = (pair["method"], pair["user_id"], *(" ".join(re.findall(r"\w+", text.lower())) for text in (request, chosen)))
     if key in seen:
         return "duplicate"
     seen.add(key)

@@ -60,6 +60,13 @@ def test_each_reason_by_a_pair_made_for_it(expected, made, options):
     assert expected is None or expected in REASONS
 
 
+def test_copies_of_another_user_are_no_duplicates():
+    victim = pair(request="How do I keep a fern?", number=[6])
+    copies = [{**victim, "user_id": f"malicious {i}"} for i in range(5)]
+    marked = filter_pairs([*copies, victim, {**victim}])
+    assert [p["reason"] for p in marked] == [None] * 6 + ["duplicate"]
+
+
 def test_the_second_of_two_equal_pairs_is_a_duplicate_within_its_arm_only():
     first, other_arm = pair(), pair(method="UBR")
     again = {**first, "pair_id": "x", "chosen": [{"role": "assistant", "content": GOOD.upper() + " "}]}
