@@ -244,10 +244,14 @@ def run_winrate(options: argparse.Namespace) -> None:
 # %% ../nbs/14_cli.ipynb #f6e1126c
 def run_agreement(options: argparse.Namespace) -> None:
     "`rlhi agreement`: stored or fresh verdicts against the human labels of a file."
+    import contextlib
+
     from rlhi.agreement import agreement_file
 
     judge = load_policy(options.judge, options) if options.judge else None
-    rows = agreement_file(options.file, judge, options.limit)
+    # What the judging says about its progress must not stand before the rows: programs read standard output.
+    with contextlib.redirect_stdout(sys.stderr):
+        rows = agreement_file(options.file, judge, options.limit)
     print_rows(rows, options.json)
 
 # %% ../nbs/14_cli.ipynb #7719a1c7

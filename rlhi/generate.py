@@ -64,6 +64,8 @@ class Answer:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0  # share of the batch's time
+    served: str = ""  # name of the model as the server gave it; empty for a model on this machine
+    served_at: int = 0  # when the server says it answered, seconds since 1970
 
 
 def request_key(**parts  # whatever the answer depends on
@@ -76,7 +78,7 @@ class Store:
     """Recorded answers in one SQLite file (write-ahead log), shared by as many processes as like to.
 
     Raises sqlite3.DatabaseError with what to do if the file is not a store."""
-    COLUMNS = "key, text, finish, prompt_tokens, answer_tokens, seconds"
+    COLUMNS = "key, text, finish, prompt_tokens, answer_tokens, seconds, served, served_at"
 
     def __init__(self, path: str | Path  # made if absent
                  ):
@@ -87,11 +89,20 @@ class Store:
             self.db.execute("PRAGMA journal_mode=WAL")
             self.db.execute("PRAGMA synchronous=NORMAL")
             self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT "
-                            "NOT NULL, prompt_tokens INT, answer_tokens INT, seconds REAL, created REAL) WITHOUT ROWID")
+                            "NOT NULL, prompt_tokens INT, answer_tokens INT, seconds REAL, created REAL, served TEXT, "
+                            "served_at INT) WITHOUT ROWID")
+            self._add_columns()
             self.db.execute(f"SELECT {self.COLUMNS} FROM answers LIMIT 1").fetchall()
         except sqlite3.DatabaseError as error:
             raise sqlite3.DatabaseError(f"{self.path} is not a usable store of answers ({error}). If it was damaged, "
                                         "move it away: what it held is then computed again") from error
+
+    def _add_columns(self):
+        "Stores made before the server's own words were kept get columns for them."
+        have = {row[1] for row in self.db.execute("PRAGMA table_info(answers)")}
+        if {"key", "seconds"} <= have and not {"served", "served_at"} <= have:
+            self.db.execute("ALTER TABLE answers ADD COLUMN served TEXT DEFAULT ''")
+            self.db.execute("ALTER TABLE answers ADD COLUMN served_at INT DEFAULT 0")
 
     def get(self, keys: list[str]) -> dict[str, Answer]:
         "The recorded answers among the keys."
@@ -105,10 +116,10 @@ class Store:
 
     def put(self, answers: dict[str, Answer]):
         "Records a batch in one transaction; of two records of the same key the first stays."
-        rows = [(key, a.text, a.finish, a.prompt_tokens, a.answer_tokens, a.seconds, time.time())
+        rows = [(key, a.text, a.finish, a.prompt_tokens, a.answer_tokens, a.seconds, a.served, a.served_at, time.time())
                 for key, a in answers.items()]
         self.db.execute("BEGIN IMMEDIATE")
-        self.db.executemany("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?)", rows)
+        self.db.executemany(f"INSERT OR IGNORE INTO answers ({self.COLUMNS}, created) VALUES (?,?,?,?,?,?,?,?,?)", rows)
         self.db.execute("COMMIT")
 
     def __len__(self) -> int:
@@ -301,7 +312,8 @@ def run_requests(backend: Backend,  # has _batches(requests, sampling) and _comp
     backend.last_stats = {
         "answers": len(requests), "recorded": recorded, "computed": len(wanted) - recorded, "new_tokens": done,
         "seconds": round(seconds, 2), "tokens_per_second": round(done / seconds, 1) if done else 0.0,
-        "cut": sum(answer.finish == "length" for answer in results), "finish": [answer.finish for answer in results]}
+        "cut": sum(answer.finish == "length" for answer in results), "finish": [answer.finish for answer in results],
+        "served": [(answer.served, answer.served_at) for answer in results]}
     return results
 
 # %% ../nbs/03_generate.ipynb #1d513c0b

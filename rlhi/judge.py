@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ASPECTS', 'VERDICTS', 'NOBODY', 'FAKE_VERDICT', 'TEMPLATES', 'BRACKETED', 'PLAIN', 'satisfaction_judgments', 'shield',
-           'question', 'parse_verdict', 'Record', 'ask_judge', 'Budget', 'plan_questions', 'judgment_row',
+           'question', 'parse_verdict', 'Record', 'served_by', 'ask_judge', 'Budget', 'plan_questions', 'judgment_row',
            'run_questions', 'judge_pairs', 'user_eval', 'grade_answers', 'judge_data', 'injection_tasks', 'wilson',
            'injection_report']
 
@@ -147,6 +147,17 @@ class Record:
                 os.fsync(file.fileno())
 
 # %% ../nbs/09_judge.ipynb #ca3512f4
+def served_by(
+    backend,  # of rlhi.generate
+    n: int,  # questions that it was just asked
+) -> list[dict]:  # [n] served (name of the model), served_at (date): as the server gave them, None where none did
+    "What the server said of itself with each answer."
+    given = backend.last_stats.get("served", [])
+    rows = [("", 0)] * n if len(given) != n else given  # choose on this machine asks once for each option
+    return [{"served": name or None, "served_at": datetime.fromtimestamp(at, UTC).isoformat() if at else None}
+            for name, at in rows]
+
+
 def ask_judge(
     backend,  # of rlhi.generate: `choose` or `chat`
     conversations: list[list[dict]],  # questions
@@ -157,20 +168,21 @@ def ask_judge(
     "Ask a batch of questions; a question that does not fit the judge's context gets no verdict and says why."
     try:
         if by == "text":
-            return [{"verdict": parse_verdict(raw), "probabilities": None, "raw": raw}
-                    for raw in backend.chat(conversations, sampling)]
+            raws = backend.chat(conversations, sampling)
+            return [{"verdict": parse_verdict(raw), "probabilities": None, "raw": raw, **served}
+                    for raw, served in zip(raws, served_by(backend, len(raws)))]
         rows = backend.choose(conversations, list(options))
     except ValueError as error:
         if len(conversations) == 1:
             return [{"verdict": None, "probabilities": None, "raw": f"not asked: {error}"}]
         return [answer for c in conversations for answer in ask_judge(backend, [c], by, sampling, options)]
     answers = []
-    for row in np.asarray(rows, float):
+    for row, served in zip(np.asarray(rows, float), served_by(backend, len(rows))):
         # Servers that gave nothing usable return the same number for every option: that is no verdict.
         blank = not np.isfinite(row).all() or np.ptp(row) == 0
         shown = {option: round(float(p), 6) for option, p in zip(options, row)}
         answers.append({"verdict": None if blank else options[int(row.argmax())], "raw": json.dumps(shown),
-                        "probabilities": None if blank else row.tolist()})
+                        "probabilities": None if blank else row.tolist(), **served})
     return answers
 
 # %% ../nbs/09_judge.ipynb #fb644351
@@ -232,7 +244,8 @@ def judgment_row(
         chance = dict(zip(VERDICTS, answer["probabilities"]))
         score_a, score_b = (chance[x] + chance["tie"] / 2 for x in (a, b))
     task = item["task"]
-    version = ", ".join(filter(None, (answer["revision"], answer["served"], answer["date"], answer["how"])))
+    served = " ".join(answer[name] for name in ("served", "served_at") if answer.get(name))
+    version = ", ".join(filter(None, (answer["revision"], served, answer["date"], answer["how"])))
     return {
         "example": str(task["example"]),
         "user_id": task.get("user_id"),
@@ -286,7 +299,6 @@ def run_questions(
             stamp = {
                 "judge": backend.model_id,
                 "revision": backend.revision,
-                "served": backend.last_stats.get("served"),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "how": how,
             }

@@ -71,6 +71,7 @@ def read_completion(raw: str,  # body of the server's response
         return {"text": text.strip(), "finish": "length" if choice.get("finish_reason") == "length" else "stop",
                 "prompt_tokens": int(usage.get("prompt_tokens") or 0),
                 "answer_tokens": int(usage.get("completion_tokens") or 0),
+                "served": str(body.get("model") or ""), "served_at": int(body.get("created") or 0),
                 "tops": [(top["token"], float(top["logprob"])) for top in tops]}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BrokenAnswer(f"expected a chat completion, got {raw[:80]!r} ({type(error).__name__}: {error})") from error
@@ -217,16 +218,17 @@ def first_token_probabilities(tops: list[tuple[str, float]],  # tokens and log-p
 def choose_by_server(backend: OpenAIBackend, conversations: list[list[dict]], options: list) -> np.ndarray:
     "See OpenAIBackend.choose. Where no answer names an option, all are equally likely, and last_stats counts the row."
     rows = option_rows(options, len(conversations))
-    probabilities, by_count = np.zeros((len(rows), len(rows[0]) if rows else 0)), []
+    probabilities, by_count, served = np.zeros((len(rows), len(rows[0]) if rows else 0)), [], []
     first = Sampling(max_new_tokens=1, temperature=1.0, top_p=1.0)
     requests = [backend._request(messages, number, tops=True) for number, messages in enumerate(conversations)]
 
     def tops(request):
-        return ask(backend, request.messages, 0, first, logprobs=True, top_logprobs=20)["tops"]
+        return ask(backend, request.messages, 0, first, logprobs=True, top_logprobs=20)
 
     with ThreadPoolExecutor(backend.concurrency) as pool:
         for number, found in enumerate(pool.map(tops, requests)):
-            probabilities[number] = first_token_probabilities(found, rows[number])
+            probabilities[number] = first_token_probabilities(found["tops"], rows[number])
+            served.append((found["served"], found["served_at"]))
             if probabilities[number].sum() < 0.01:
                 by_count.append(number)
     if by_count:
@@ -237,7 +239,8 @@ def choose_by_server(backend: OpenAIBackend, conversations: list[list[dict]], op
             probabilities[number] = np.bincount([hit for hit in hits if hit is not None], minlength=len(rows[number]))
     unparsed = probabilities.sum(axis=1) == 0
     probabilities[unparsed] = 1.0
-    backend.last_stats = {"answers": len(rows), "by_count": len(by_count), "unparsed": int(unparsed.sum())}
+    backend.last_stats = {"answers": len(rows), "by_count": len(by_count), "unparsed": int(unparsed.sum()),
+                          "served": served}
     return probabilities / probabilities.sum(axis=1, keepdims=True)
 
 # %% ../nbs/03_servers.ipynb #35e995c1
