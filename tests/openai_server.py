@@ -13,6 +13,7 @@ class _Server:
 
     def __init__(self):
         self.requests, self.headers, self.lock = [], [], threading.Lock()
+        self.models = {}
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -21,7 +22,13 @@ class _Server:
                 with owner.lock:
                     owner.requests.append(body)
                     owner.headers.append({name.lower(): value for name, value in self.headers.items()})
+                if self.path.endswith("/load_lora_adapter"):
+                    return owner.load_adapter(self, body)
                 owner.answer(self, body)
+
+            def do_GET(self):
+                listed = [{"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in owner.models]
+                reply(self, 200, json.dumps({"object": "list", "data": listed}).encode())
 
             def log_message(self, *arguments):
                 pass
@@ -38,6 +45,9 @@ class _Server:
     def __exit__(self, *error):
         self.http.shutdown()
         self.http.server_close()
+
+    def load_adapter(self, handler, body):
+        reply(handler, 404, b'{"detail": "Not Found"}')
 
 
 def reply(handler, status: int, body: bytes, headers: dict = {}, length: int | None = None):
@@ -63,7 +73,9 @@ def completion(text: str | None, finish: str = "stop", prompt_tokens: int = 10, 
 
 
 class ModelServer(_Server):
-    """Chat completions of a TransformersBackend, with the log-probabilities of the first token when asked for."""
+    """Chat completions of a TransformersBackend, with the log-probabilities of the first token when asked for.
+
+    Adapters of the same model are loaded as vLLM does it, by `/v1/load_lora_adapter`."""
 
     def __init__(self, backend):
         super().__init__()
@@ -73,11 +85,18 @@ class ModelServer(_Server):
         from rlhi.generate import Sampling
         sampling = Sampling(body["max_tokens"], body["temperature"], body["top_p"], body.get("seed") or 0)
         with self.model_lock:
-            text = self.backend.chat([body["messages"]], sampling)[0]
-            finish, logprobs = self.backend.last_stats["finish"][0], None
+            backend = self.models.get(body["model"], self.backend)
+            text = backend.chat([body["messages"]], sampling)[0]
+            finish, logprobs = backend.last_stats["finish"][0], None
             if body.get("logprobs"):
                 logprobs = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": self.first_tokens(body)}]}
         reply(handler, 200, completion(text, finish, logprobs=logprobs))
+
+    def load_adapter(self, handler, body):
+        from rlhi.generate import load_backend
+        self.models[body["lora_name"]] = load_backend(self.backend.model_id, adapter=body["lora_path"], progress=False,
+                                                        dtype=self.backend.dtype)
+        reply(handler, 200, b"Success: LoRA adapter added")
 
     def first_tokens(self, body) -> list[dict]:
         import torch

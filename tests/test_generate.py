@@ -370,6 +370,12 @@ def test_adapter_is_merged_and_part_of_the_key(tmp_path, tiny):
         logp = model.eval()(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     expected = sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
     assert adapted.logprobs(CONVERSATIONS[:1], ["hello world"])[0] == pytest.approx(expected, rel=1e-4)
+    with ModelServer(tiny) as server:  # a server takes the same folder, once, and answers as the merged model does
+        far = [load_backend("tiny", kind="openai", adapter=tmp_path / "adapter", base_url=server.url, progress=False) for _ in "ab"]
+        assert list(server.models) == [far[0].model_id] and far[0].model_id.startswith("adapter-")
+        assert far[1].chat(CONVERSATIONS[:2], Sampling(8, 0.0)) == adapted.chat(CONVERSATIONS[:2], Sampling(8, 0.0))
+    with FaultyServer() as server, pytest.raises(ServerError, match="--enable-lora"):
+        load_backend("tiny", kind="openai", adapter=tmp_path / "adapter", base_url=server.url, progress=False)
     assert adapted.logprobs(CONVERSATIONS[:1], ["hello world"]) != tiny.logprobs(CONVERSATIONS[:1], ["hello world"])
 
 

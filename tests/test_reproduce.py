@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from openai_server import ModelServer
 
+from rlhi.generate import load_backend
 from rlhi.reproduce import (Experiment, ReproduceError, check_parameters, imported_modules, ingredients, make_plan, orphans,
                             project_root, read_experiments, read_profile, read_stamp, why_run)
 
@@ -96,9 +98,9 @@ def test_only_and_from_choose(tmp_path):
     assert later[0] == "30_user_eval" and "21_training" not in later
 
 
-def run_tiny(folder, *more, wait=True):
+def run_tiny(folder, *more, wait=True, **variables):
     command = [BIN / "rlhi", "reproduce", "tiny", "--out", str(folder), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
     if wait:
@@ -157,6 +159,19 @@ def test_killed_three_times_the_pairs_are_the_same(undisturbed, tmp_path):
         assert (tmp_path / "tables" / f"{name}.parquet").read_bytes() == (undisturbed / "tables" / f"{name}.parquet").read_bytes(), name
     first, second = (json.loads((folder / "results" / "user_eval.json").read_text())["rows"] for folder in (undisturbed, tmp_path))
     assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("tiny")
+def test_a_server_gives_the_same_tables(undisturbed, tmp_path):
+    """The pipeline against an OpenAI-compatible server: it answers, and loads the trained adapters for the evaluation."""
+    with ModelServer(load_backend("tiny", progress=False)) as server:
+        run_tiny(tmp_path, "--only", "20_pipeline", "21_training", "30_user_eval", "--set", "backend=openai",
+                 "--set", "arms=[UGR, UBR]", OPENAI_BASE_URL=server.url)
+        assert len(server.requests) > 20 and {name.split("-")[0] for name in server.models} == {"UGR", "UBR"}
+    near, far = (json.loads((folder / "results" / "user_eval.json").read_text())["rows"] for folder in (undisturbed, tmp_path))
+    shape = ("arm", "mode", "aspect", "n", "users")
+    assert [[row[name] for name in shape] for row in far] == [[row[name] for name in shape] for row in near if row["arm"] in ("UGR", "UBR")]
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path):
