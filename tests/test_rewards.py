@@ -8,7 +8,7 @@ import pytest
 
 from rlhi.personas import system_message
 from rlhi.rewards import (JudgeReward, PreferenceChecker, RewardModel, convert_athene, copy_tensors, fenced,
-                          general_quality, score_sequences, tensor_header, visible, with_persona, without_persona)
+                          general_quality, score_padded, score_sequences, tensor_header, visible, with_persona, without_persona)
 from rlhi.simulate import DIMENSIONS, NO_PREFERENCE, relevance, satisfies
 
 REQUEST = "How do I keep tomatoes healthy in a small garden?"
@@ -195,6 +195,17 @@ def test_reward_model_equals_transformers_one_text_at_a_time(skywork):
         scorer = RewardModel(str(skywork), token_budget=budget, progress=False)
         assert scorer.score(PROMPTS, ANSWERS, [row] * 3) == pytest.approx(expected, abs=1e-5)
     assert RewardModel(str(skywork), progress=False).score(PROMPTS, ANSWERS) != pytest.approx(expected, abs=1e-3)
+
+
+def test_shared_beginnings_change_no_score_and_a_model_that_cannot_share_says_so(skywork):
+    scorer = RewardModel(str(skywork), progress=False)
+    rows = [list(range(5, 60)) + list(range(70, 70 + extra)) for extra in (1, 9, 30)] + [[5, 6, 7], [9] * 40]
+    shared = score_sequences(scorer.model, rows, progress=False)
+    assert shared == pytest.approx(score_padded(scorer.model, rows, progress=False), abs=1e-5)
+    assert len({round(score, 4) for score in shared}) == len(rows)
+    scorer.model.config.sliding_window = 16
+    with pytest.warns(UserWarning, match="without sharing.*window of 16 tokens"):
+        assert score_sequences(scorer.model, rows, progress=False) == pytest.approx(shared, abs=1e-5)
 
 
 def test_equal_texts_are_computed_once_and_order_is_kept(skywork, monkeypatch):
