@@ -235,6 +235,78 @@ def bench_candidates(options, model, tokenizer, pairs):
          16, "answers")
 
 
+def random_pair(draw, prompt: int, answer: int):
+    tokens = lambda count: [draw.randrange(100, 40000) for _ in range(count)]
+    return {"row": {}, "prompt_ids": tokens(prompt), "chosen_ids": tokens(answer), "rejected_ids": tokens(answer),
+            "ref_chosen_logps": -2.0 * answer, "ref_rejected_logps": -2.0 * answer}
+
+
+def bench_curve(options, model, tokenizer, pairs):
+    """Twenty optimizer steps from the same weights on the same pairs, by TRL's forward and by ours."""
+    items = [{"row": {}, "prompt_ids": p, "chosen_ids": c, "rejected_ids": r, "ref_chosen_logps": -2.0 * len(c),
+              "ref_rejected_logps": -2.0 * len(r)} for _, p, c, r in pairs[:8]]
+    trainer, theirs, ours = trainers(model, tokenizer, items, options.checkpointing)
+    add_prefix_head(model, options.max_length)
+    weights = [w for w in trainer.model.parameters() if w.requires_grad]
+    start, curves = [w.detach().clone() for w in weights], {}
+    for name, collator in (("TRL", theirs), ("rlhi", ours)):
+        with torch.no_grad():
+            for weight, value in zip(weights, start):
+                weight.copy_(value)
+        optimizer, curves[name] = torch.optim.AdamW(weights, lr=2e-4), []
+        for step in range(20):
+            optimizer.zero_grad()
+            group = [items[(2 * step + i) % len(items)] for i in range(2)]
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(collator(group)))
+            loss.backward()
+            optimizer.step()
+            curves[name].append(loss.item())
+    gap = max(abs(a - b) / abs(a) for a, b in zip(curves["TRL"], curves["rlhi"]))
+    print("\nTwenty steps of AdamW at 2e-4, batch 2\n| step | TRL | rlhi |\n|---|---|---|")
+    for step in (0, 4, 9, 14, 19):
+        print(f"| {step + 1} | {curves['TRL'][step]:.6f} | {curves['rlhi'][step]:.6f} |")
+    print(f"largest relative difference of the 20 losses {gap:.1e}")
+    assert gap < (1e-3 if model.dtype == torch.float32 else 5e-2)
+
+
+def bench_growth(options, model, tokenizer, pairs):
+    """Time and memory of one pair as its prompt grows, and of N scored answers as N grows, beside the formulas."""
+    draw, answer, rows = random.Random(0), 128, []
+    lengths = [n for n in (256, 512, 1024, 2048, 4096) if n <= options.longest_prompt]
+    trainer, theirs, ours = trainers(model, tokenizer, [random_pair(draw, 256, answer)], options.checkpointing)
+    add_prefix_head(model, max(lengths) + answer)
+    for prompt in lengths:
+        item = random_pair(draw, prompt, answer)
+        seen = alternate({"rlhi": lambda: gradients(trainer, ours, [[item]]),
+                          "TRL": lambda: gradients(trainer, theirs, [[item]])}, options.repeats)
+        rows.append({"kind": "pair", "prompt": prompt, "answer": answer, "n": 2, "rlhi_s": seen["rlhi"][0],
+                     "peer_s": seen["TRL"][0], "rlhi_mib": seen["rlhi"][3], "peer_mib": seen["TRL"][3],
+                     "formula": 2 * (prompt + answer) / (prompt + 2 * answer)})
+    base = getattr(model, "get_base_model", lambda: model)()
+    for n in (2, 4, 8, 16, 32, 64):
+        prompt, answers = random_pair(draw, 300, 1)["prompt_ids"], [random_pair(draw, 1, 100)["chosen_ids"] for _ in range(n)]
+        alone = lambda: [sequence_logprobs(base, [prompt], [a]) for a in answers]
+        seen = alternate({"rlhi": lambda: sequence_logprobs(base, [prompt] * n, answers), "alone": alone}, options.repeats)
+        rows.append({"kind": "candidates", "prompt": 300, "answer": 100, "n": n, "rlhi_s": seen["rlhi"][0],
+                     "peer_s": seen["alone"][0], "rlhi_mib": seen["rlhi"][3], "peer_mib": seen["alone"][3],
+                     "formula": n * 400 / (300 + n * 100)})
+    print("\n| kind | prompt | N | rlhi s | peer s | measured | formula | rlhi MiB | peer MiB |\n" + "|---" * 9 + "|")
+    for row in rows:
+        print(f"| {row['kind']} | {row['prompt']} | {row['n']} | {row['rlhi_s']:.2f} | {row['peer_s']:.2f} | "
+              f"{row['peer_s'] / row['rlhi_s']:.2f}x | {row['formula']:.2f}x | {row['rlhi_mib']:.0f} | {row['peer_mib']:.0f} |")
+    two = [row for row in rows if row["kind"] == "pair"][-2:]
+    weights = sum(w.numel() * w.element_size() for w in model.parameters()) / 2 ** 20
+    for side in ("rlhi", "peer"):
+        slope = (two[1][f"{side}_mib"] - two[0][f"{side}_mib"]) / (two[1]["prompt"] - two[0]["prompt"])
+        room = 8192 - weights - two[1][f"{side}_mib"]
+        print(f"longest prompt in 8 GiB with these answers, by the line through the two longest: {side} "
+              f"{two[1]['prompt'] + room / slope:,.0f} tokens ({slope:.2f} MiB a token)")
+    if options.save:
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(model.dtype), "shape": options.shape,
+                 "repeats": options.repeats, "date": time.strftime("%Y-%m-%d")}
+        Path(options.save).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["smollm2", "llama-8b"], default="smollm2", help="model")
@@ -244,8 +316,11 @@ if __name__ == "__main__":
     parser.add_argument("--conversations", type=int, default=2, help="conversations of the reference part")
     parser.add_argument("--repeats", type=int, default=5, help="measured runs of every setting")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
-    parser.add_argument("--parts", nargs="+", default=["training", "reference", "candidates"])
+    parser.add_argument("--parts", nargs="+", default=["training", "reference", "candidates"],
+                        help="and curve, growth")
     parser.add_argument("--gradient-slack", type=float, default=1.0, help="times the tolerance for gradients")
+    parser.add_argument("--longest-prompt", type=int, default=4096, help="of the growth part")
+    parser.add_argument("--save", help="JSON file for the rows of the growth part")
     options = parser.parse_args()
     from trl.trainer.utils import add_fused_lm_head
     model, tokenizer = build(options.shape)
@@ -262,3 +337,7 @@ if __name__ == "__main__":
         bench_candidates(options, model, tokenizer, pairs)
     if "training" in options.parts:
         bench_training(options, model, tokenizer, pairs)
+    if "curve" in options.parts:
+        bench_curve(options, model, tokenizer, pairs)
+    if "growth" in options.parts:
+        bench_growth(options, model, tokenizer, pairs)
