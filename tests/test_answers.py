@@ -7,10 +7,9 @@ import time
 
 import pytest
 
-from rlhi import answers, equality
-from rlhi.answers import extract_gsm8k, extract_letter, extract_math, grade, grade_file
+from rlhi.answers import extract_gsm8k, extract_letter, extract_math, gold_answer, grade, grade_file
 from rlhi.cli import main
-from rlhi.equality import equal_math
+from rlhi.equality import compact, equal_math, normalise
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +114,38 @@ def test_reference_solutions_are_accepted(reasoning):
         assert len(pairs) == n and wrong == []
 
 
+def perturb(gold, luck):
+    "One change that makes another answer: a digit, a sign, plus or minus one, the negative; None where none applies."
+    plain = compact(normalise(gold))
+    digits = list(re.finditer(r"(?<![\\a-zA-Z])\d", gold))
+    signs = list(re.finditer(r"(?<=[a-zA-Z\d})])\s*[+-]\s*(?=[\\a-zA-Z\d(])", gold)) if r"\pm" not in gold else []
+    kinds = ["digit"] * 3 * bool(digits) + ["sign"] * bool(signs) + ["one"] * bool(re.fullmatch(r"-?\d+", gold.strip()))
+    kinds += ["negative"] if gold.strip() != "0" and not re.search(r"text|[,=<>]|\\(?:in|cup|pm|ge|le)|\(", gold) else []
+    for kind in luck.choices(kinds, k=20) if kinds else []:
+        place = luck.choice({"digit": digits, "sign": signs}.get(kind, [None]))
+        if kind == "digit":
+            new = gold[:place.start()] + str((int(place[0]) + luck.randint(1, 9)) % 10) + gold[place.end():]
+        elif kind == "sign":
+            new = gold[:place.start()] + place[0].translate(str.maketrans("+-", "-+")) + gold[place.end():]
+        else:
+            new = str(int(gold) + luck.choice([-1, 1])) if kind == "one" else gold.lstrip()[1:] if gold.lstrip().startswith("-") else f"-({gold})"
+        if compact(normalise(new)) != plain:
+            return new
+    return None
+
+
+@pytest.mark.parametrize(("n", "seed"), [(100, 1), pytest.param(1000, 0, marks=pytest.mark.slow)])
+def test_wrong_answers_are_refused(reasoning, n, seed):
+    golds = [gold_answer("math", row["solution"]) for row in lines(reasoning / "minerva_math.jsonl")]
+    golds += [row["answer"] for row in lines(reasoning / "math500.jsonl")]
+    golds += [gold_answer("math", row["final_answer"]) for row in lines(reasoning / "olympiadbench.jsonl")]
+    luck = random.Random(seed)
+    luck.shuffle(golds)
+    pairs = [(gold, new) for gold in golds if (new := perturb(gold, luck)) is not None][:n]
+    accepted = [pair for pair in pairs if grade("math", f"So it is \\boxed{{{pair[1]}}}.", pair[0])["correct"]]
+    assert len(pairs) == n and accepted == []
+
+
 def test_time_is_limited_in_any_thread():
     found, start = {}, time.process_time()
 
@@ -149,8 +180,10 @@ def test_grade_command(tmp_path, capsys):
     done = json.loads(capsys.readouterr().out)
     assert (done["n"], done["correct"], done["agrees_with_stored"]) == (3, 1, 2)
     assert [row["correct"] for row in done["rows"]] == [True, False, False] and done["rows"][2]["reason"] == "different by algebra"
-    assert main(["grade", str(path), "--task", "math", "--answer", "missing"]) == 1
-    assert "no field 'missing'" in capsys.readouterr().err or True
+    assert main(["grade", str(path), "--task", "math", "--answer", "out"]) == 1
+    assert "which field holds the gold answers" in capsys.readouterr().err
+    assert main(["grade", str(path), "--task", "math", "--answer", "missing", "--gold", "out"]) == 1
+    assert "no field 'missing'" in capsys.readouterr().err
     path.write_text('{"out": "1", "gold": "1"}\nnot json')
     assert main(["grade", str(path), "--task", "gsm8k", "--answer", "out"]) == 1
     assert "line 2" in capsys.readouterr().err
