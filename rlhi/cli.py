@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'save_rows', 'read_log', 'load_policy', 'followups_of', 'personas_of', 'pairs_of', 'run_followups',
            'run_personas', 'run_pairs', 'run_train', 'train_adapter', 'run_all', 'run_chat', 'run_reproduce',
-           'run_show', 'print_rows', 'run_winrate', 'run_agreement', 'add_log_options', 'add_model_options',
-           'add_sampling_options', 'add_pair_options', 'add_training_options', 'make_parser', 'add_rest', 'main']
+           'run_show', 'print_rows', 'run_winrate', 'run_agreement', 'run_grade', 'add_log_options',
+           'add_model_options', 'add_sampling_options', 'add_pair_options', 'add_training_options', 'add_grade_options',
+           'make_parser', 'add_rest', 'main']
 
 # %% ../nbs/14_cli.ipynb #902ba3cd
 import argparse
@@ -254,6 +255,21 @@ def run_agreement(options: argparse.Namespace) -> None:
         rows = agreement_file(options.file, judge, options.limit)
     print_rows(rows, options.json)
 
+
+def run_grade(options: argparse.Namespace) -> None:
+    "`rlhi grade`: stored answers against gold answers; the figures, and in JSON every row with its reason."
+    from rlhi.answers import grade_file
+
+    done = grade_file(options.file, options.task, options.answer, options.gold, options.verdict, options.tolerance, options.seconds, options.limit)
+    if options.json:
+        print(json.dumps(done, indent=1, ensure_ascii=False, default=str))
+        return
+    rows = done.pop("rows")
+    print_rows([done], False)
+    wrong = [row for row in rows if not row["correct"]]
+    for row in wrong[:options.show]:
+        print(f"row {row['row']}: {row['answer']!s:.60} ({row['how']}), gold {row['gold']!s:.60}: {row['reason']!s:.120}")
+
 # %% ../nbs/14_cli.ipynb #7719a1c7
 def add_log_options(parser: argparse.ArgumentParser) -> None:
     "What every command that reads logs takes."
@@ -303,6 +319,20 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="longer pairs are named and left out, never cut")
     parser.add_argument("--held-out-share", type=float, default=0.1, help="share of users kept back for validation")
 
+
+def add_grade_options(parser: argparse.ArgumentParser) -> None:
+    "What is graded, and how strictly."
+    parser.add_argument("file", help="stored answers: .jsonl, .json, .parquet or .csv")
+    parser.add_argument("--task", required=True, choices=("gsm8k", "math", "mmlu_pro"))
+    parser.add_argument("--answer", "--answer-field", metavar="FIELD", help="what the model wrote (a usual name if not given; a dot goes into nested fields)")
+    parser.add_argument("--gold", "--gold-field", metavar="FIELD", help="the right answer, or a solution that ends in it")
+    parser.add_argument("--verdict", "--verdict-field", metavar="FIELD", help="a stored verdict or prediction; how often we agree is counted")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="math: relative difference that a decimal may have (our tasks: 1e-4)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="math: time of the processor for one comparison")
+    parser.add_argument("--limit", type=int, help="first so many rows")
+    parser.add_argument("--show", type=int, default=10, help="print at most so many wrong answers")
+    parser.add_argument("--json", action="store_true", help="everything, with a reason for each row")
+
 # %% ../nbs/14_cli.ipynb #63266754
 COMMANDS = {
     "reproduce": (run_reproduce, "run the experiments of a profile", "rlhi reproduce demo --dry-run"),
@@ -313,6 +343,7 @@ COMMANDS = {
     "pairs": (run_pairs, "make and filter preference pairs", "rlhi pairs logs.jsonl --methods UBR --pairs 50 --out pairs.parquet"),
     "train": (run_train, "train an adapter on pairs", "rlhi train pairs.parquet --out adapter"),
     "chat": (run_chat, "talk to a model", "rlhi chat --adapter adapter --persona 'This user likes short answers.'"),
+    "grade": (run_grade, "grade stored answers to problems of GSM8K, MATH or MMLU-Pro", "rlhi grade answers.jsonl --task math --answer output --gold answer --json"),
     "agreement": (run_agreement, "compare a judge's verdicts with human labels", "rlhi agreement verdicts.csv --json"),
     "winrate": (run_winrate, "AlpacaEval win rates, raw and length-controlled", "rlhi winrate annotations.json --gamed df_gamed.csv --json"),
 }
@@ -337,6 +368,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_pair_options(made[name])
     for name in ("run", "train"):
         add_training_options(made[name])
+    add_grade_options(made["grade"])
     made["personas"].add_argument("--summariser", default="local", help="of personas: local (default), or a model")
     for name in ("run", "followups", "personas", "pairs", "train"):
         made[name].add_argument("--out", required=True, help="where the result goes")
