@@ -109,12 +109,12 @@ def noise_amplification(
                  len(margins), len(set(user_ids)),
                      f"held-back pairs ranked right{seen}" + (f"; fewer than {least} pairs: no verdict" if few else ""))
 
-# %% ../nbs/11_failures.ipynb #ea709e0b
+# %% ../nbs/11_failures.ipynb #5c1358cd
 def general_questions(
     limit: int | None = None,  # how many, from the start
 ) -> list[dict]:  # question, options (four), answer (index of the right one), topic
     """The fixed general set of the package."""
-    text = importlib.resources.files("rlhi").joinpath("data", "general_questions.jsonl").read_text("utf-8")
+    text = importlib.resources.files("rlhi").joinpath("data", "general_knowledge.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()][:limit]
 
 
