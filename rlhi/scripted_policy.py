@@ -390,7 +390,7 @@ def _read_logs(users: list, conversations: int, seed: int, folder) -> tuple:
         write_table(infer_personas(rows, followups), "personas", place / "personas.parquet")
     return rows, truth, *(read_table(name, place / f"{name}.parquet") for name in ("followups", "personas"))
 
-# %% ../nbs/11_scripted_policy.ipynb #3bb0a3eb
+# %% ../nbs/11_scripted_policy.ipynb #1c0de62c
 def make_study(
     train_users: list,  # `rlhi.simulate.User`s who give pairs
     test_users: list,  # users for the evaluation
@@ -400,6 +400,7 @@ def make_study(
     methods: tuple[str, ...] = ("UGR", "UBR"),
     rewrites: int = 1,  # answers drawn with the feedback at hand
     limit: int | None = None,  # most pairs of each method
+    draws: int = 1,  # sets of candidates drawn for each request: more pairs of the same users
     seed: int = 0,
     policy: ScriptedPolicy | None = None,
     folder=None,  # where follow-ups and personas of these logs are kept for the next study; None: nowhere
@@ -418,7 +419,9 @@ def make_study(
             limit=limit)
     if "UBR" in methods:
         wanted, _ = requests(own_rows, own_followups, limit=limit)
-        pairs += best_against_worst(sample_candidates(wanted, personas, policy, candidates, drawn), scorer, personas)
+        for k in range(draws):
+            drawn = Sampling(seed=seed + 1000 * k, temperature=1.0)
+            pairs += best_against_worst(sample_candidates(wanted, personas, policy, candidates, drawn), scorer, personas)
     return Study(list(train_users), list(test_users), personas, pairs, followups, rows, truth, policy)
 
 # %% ../nbs/11_scripted_policy.ipynb #bbc0dd83
@@ -460,14 +463,14 @@ def divergence(
         total += float((np.exp(ours) * (ours - theirs)).sum())
     return total / max(1, len(conversations))
 
-# %% ../nbs/11_scripted_policy.ipynb #e5183048
+# %% ../nbs/11_scripted_policy.ipynb #08ea621d
 def seeded_points(
     study: Study,
     pairs: list[dict],  # what to train on
     seeds: list[int] = (0, 1, 2),
     users: list | None = None,  # who judges; the study's held-out users by default
     modes: tuple[str, ...] = ("persona-guided",),
-    requests_per_user: int = 2,
+    requests_per_user: int = 4,
     method: str = "dpo",  # or "sft"
     **training,  # of `train_policy`
 ) -> dict:  # pairs, points, low, high, seed sd, divergence, n, users, seeds; outcomes and policies
