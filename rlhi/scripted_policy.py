@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FACTORS', 'START', 'OPTIONS', 'PREFERENCES', 'COLUMN', 'BLOCKS', 'read_persona', 'features', 'write_answer',
            'read_style', 'ScriptedPolicy', 'log_shares', 'Material', 'read_pairs', 'loss_and_gradient', 'train_policy',
-           'policy_outcomes', 'policy_points', 'Study', 'make_study', 'mix_studies', 'divergence', 'FlatteredScorer']
+           'held_out_questions', 'policy_outcomes', 'policy_points', 'Study', 'make_study', 'mix_studies', 'divergence',
+           'seeded_points', 'FlatteredScorer']
 
 # %% ../nbs/11_scripted_policy.ipynb #fe8d3638
 """A surrogate policy: a log-linear distribution over the scripted assistant's styles, trained by exact DPO or SFT."""
@@ -96,14 +97,14 @@ def features(
             request, offset = message["content"], np.zeros(len(OPTIONS))
     return known, offset, request
 
-# %% ../nbs/11_scripted_policy.ipynb #29b29421
+# %% ../nbs/11_scripted_policy.ipynb #adfc1b09
 def write_answer(
     request: str,  # the request in force
     style: dict[str, str],  # factor -> option, one for each of FACTORS
     preferences: tuple[tuple[str, str], ...],  # what the persona names, to flatter with
     rng,  # generator of the sentences
 ) -> str:
-    """An answer in the given style; with focus "ignored" it flatters the reader's taste and leaves the request alone."""
+    """An answer in the given style; with focus "ignored" it flatters the reader and leaves the request alone."""
     if style["focus"] == "request":
         return _write(request, style, rng)
     likes = " and ".join(PHRASES[pair][0] for pair in preferences) or "answers of your own kind"
@@ -128,7 +129,7 @@ def read_style(
         style[name] = name if met[name, name] >= 0.5 else "none"
     return tuple(style[factor] for factor in FACTORS)
 
-# %% ../nbs/11_scripted_policy.ipynb #4aa55f97
+# %% ../nbs/11_scripted_policy.ipynb #c49f590b
 @dataclass
 class ScriptedPolicy(Backend):
     """A log-linear policy over FACTORS, behind the interface of `rlhi.generate`. No language model: see the docstring.
@@ -185,7 +186,7 @@ class ScriptedPolicy(Backend):
         return chosen
 
     def logprobs(self, conversations, answers) -> list[float]:
-        """Log-probability of the choices behind each answer (nats); the sentences are drawn evenly and count nothing."""
+        """Log-probability of the choices behind each answer (nats); the sentences are drawn evenly and do not count."""
         values = []
         for messages, answer in zip(conversations, answers, strict=True):
             known, offset, request = self.read(messages)
@@ -259,7 +260,7 @@ def loss_and_gradient(
     likely = (shares * rows.chosen).sum(1)
     return float(-likely.mean()), rows.known.T @ (np.exp(shares) - rows.chosen) / len(rows), likely
 
-# %% ../nbs/11_scripted_policy.ipynb #88f19dd3
+# %% ../nbs/11_scripted_policy.ipynb #612d7e02
 def train_policy(
     policy: ScriptedPolicy,  # start, and reference of DPO; it is left as it is
     pairs: list[dict] | Material,  # what to learn from
@@ -281,16 +282,36 @@ def train_policy(
     for epoch in range(epochs if len(rows) else 0):
         order = rng.permutation(len(rows))
         for start in range(0, len(rows), batch_size):
-            _, gradient, _ = loss_and_gradient(weights, policy, rows.take(order[start:start + batch_size]), method, beta)
+            _, gradient, _ = loss_and_gradient(weights, policy, rows.take(order[start:start + batch_size]), method,
+                beta)
             step += 1
             first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient ** 2
-            weights = weights - learning_rate * (first / (1 - 0.9 ** step)) / (np.sqrt(second / (1 - 0.999 ** step)) + 1e-8)
+            scale = np.sqrt(second / (1 - 0.999 ** step)) + 1e-8
+            weights = weights - learning_rate * (first / (1 - 0.9 ** step)) / scale
         loss, _, margin = loss_and_gradient(weights, policy, rows, method, beta)
         log.append({"epoch": epoch + 1, "loss": loss, "margin": float(margin.mean()),
                     "accuracy": float((margin > 0).mean()) if method == "dpo" else None})
     return replace(policy, weights=weights, name=name, seen=policy.seen), log
 
-# %% ../nbs/11_scripted_policy.ipynb #7b3110e1
+# %% ../nbs/11_scripted_policy.ipynb #5d2560f0
+def held_out_questions(
+    users: list,  # `rlhi.simulate.User`s
+    personas: list[dict],  # inferred ones
+    requests_per_user: int = 2,
+    first: int = 50,  # number of the first conversation: none that is in a log
+    modes: tuple[str, ...] = ("persona-guided",),  # or "context-only", or both
+    seed: int = 0,
+) -> tuple[list[dict], list[list[dict]]]:  # examples of `rlhi.questions`, and each as the policy sees it
+    """New requests of the users, with the inferred persona in front where the mode is persona-guided."""
+    from rlhi.rewards import with_persona
+
+    asked = [row for row in simulated_examples(users, personas, requests_per_user, 0, first=first, seed=seed)
+        if row["mode"] in modes]
+    return asked, [with_persona(row["prompt"], row["persona"]["persona"] if row["mode"] == "persona-guided"
+        and row["persona"] else None)
+                   for row in asked]
+
+# %% ../nbs/11_scripted_policy.ipynb #7ac014de
 def policy_outcomes(
     policies: dict[str, ScriptedPolicy],  # arms; the first one is the base
     users: list,  # `rlhi.simulate.User`s, not among those trained on
@@ -303,18 +324,13 @@ def policy_outcomes(
     temperature: float = 0.8,  # of the answers
 ) -> list[dict]:  # rows of `rlhi.winrates.outcomes`: arm_a against arm_b, aspect, mode, user_id, outcome
     """Wins (1), losses (-1) and ties (0) of every arm against the first, by the users' true satisfaction."""
-    from rlhi.rewards import with_persona
-
-    asked = simulated_examples(users, personas, requests_per_user, 0, first=first, seed=seed)
-    asked = [row for row in asked if row["mode"] in modes]
-    prompts = [with_persona(row["prompt"], row["persona"]["persona"] if row["mode"] == "persona-guided" and row["persona"] else None)
-               for row in asked]
+    asked, prompts = held_out_questions(users, personas, requests_per_user, first, modes, seed)
     drawn = Sampling(temperature=temperature, seed=seed)
     answers = {arm: policy.chat(prompts, drawn) for arm, policy in policies.items()}
     by_id = {user.user_id: user for user in users}
     return outcomes(user_eval(asked, answers, next(iter(policies)), "satisfaction", by_id, margin))
 
-
+# %% ../nbs/11_scripted_policy.ipynb #05f1a9f6
 def policy_points(
     policies: dict[str, ScriptedPolicy],  # arms; the first one is the base
     users: list,  # held-out users
@@ -334,7 +350,7 @@ def policy_points(
         table.append({"arm": arm, "mode": mode, "aspect": aspect, **{name: found[name] for name in names}})
     return table
 
-# %% ../nbs/11_scripted_policy.ipynb #47e8150d
+# %% ../nbs/11_scripted_policy.ipynb #d8affbea
 @dataclass
 class Study:
     """What a sweep shares: simulated logs and what the real stages made of them, up to the pairs (not yet filtered)."""
@@ -354,9 +370,9 @@ class Study:
         some = [pair for pair in self.pairs if method in (None, pair["method"])]
         return [pair for pair in filter_pairs(some, **limits) if pair["kept"]]
 
-
+# %% ../nbs/11_scripted_policy.ipynb #2ce5aa01
 def _read_logs(users: list, conversations: int, seed: int, folder) -> tuple:
-    "Logs, truth, follow-ups and personas; the last two are kept in `folder`, as reading follow-ups takes most of the time."
+    "Logs, truth, follow-ups and personas; the last two are kept in `folder`: reading follow-ups takes the time."
     from rlhi.conversations import read_table, write_table
     from rlhi.followups import classify_followups
     from rlhi.personas import infer_personas
@@ -374,7 +390,7 @@ def _read_logs(users: list, conversations: int, seed: int, folder) -> tuple:
         write_table(infer_personas(rows, followups), "personas", place / "personas.parquet")
     return rows, truth, *(read_table(name, place / f"{name}.parquet") for name in ("followups", "personas"))
 
-
+# %% ../nbs/11_scripted_policy.ipynb #1c0de62c
 def make_study(
     train_users: list,  # `rlhi.simulate.User`s who give pairs
     test_users: list,  # users for the evaluation
@@ -384,6 +400,7 @@ def make_study(
     methods: tuple[str, ...] = ("UGR", "UBR"),
     rewrites: int = 1,  # answers drawn with the feedback at hand
     limit: int | None = None,  # most pairs of each method
+    draws: int = 1,  # sets of candidates drawn for each request: more pairs of the same users
     seed: int = 0,
     policy: ScriptedPolicy | None = None,
     folder=None,  # where follow-ups and personas of these logs are kept for the next study; None: nowhere
@@ -398,13 +415,16 @@ def make_study(
     own_rows = [row for row in rows if row["user_id"] in mine]
     own_followups = [row for row in followups if row["user_id"] in mine]
     if "UGR" in methods:
-        pairs += guided_rewrites(own_rows, own_followups, personas, policy, scorer, sampling=drawn, n=rewrites, limit=limit)
+        pairs += guided_rewrites(own_rows, own_followups, personas, policy, scorer, sampling=drawn, n=rewrites,
+            limit=limit)
     if "UBR" in methods:
         wanted, _ = requests(own_rows, own_followups, limit=limit)
-        pairs += best_against_worst(sample_candidates(wanted, personas, policy, candidates, drawn), scorer, personas)
+        for k in range(draws):
+            drawn = Sampling(seed=seed + 1000 * k, temperature=1.0)
+            pairs += best_against_worst(sample_candidates(wanted, personas, policy, candidates, drawn), scorer, personas)
     return Study(list(train_users), list(test_users), personas, pairs, followups, rows, truth, policy)
 
-# %% ../nbs/11_scripted_policy.ipynb #8855f988
+# %% ../nbs/11_scripted_policy.ipynb #bbc0dd83
 def mix_studies(
     good: Study,  # of some users
     bad: Study,  # of the same users with another behaviour
@@ -420,11 +440,13 @@ def mix_studies(
     out = set(order[:round(share * len(names))])
 
     def pick(name, key="user_id"):
-        return [row for row in getattr(good, name) if row[key] not in out] + [row for row in getattr(bad, name) if row[key] in out]
+        return [row for row in getattr(good, name) if row[key] not in out] + [row for row in getattr(bad, name)
+            if row[key] in out]
 
     users = [b if b.user_id in out else g for g, b in zip(good.train_users, bad.train_users)]
     policy = replace(good.policy, seen={**good.policy.seen, **bad.policy.seen})
-    mixed = Study(users, good.test_users, *(pick(n) for n in ("personas", "pairs", "followups", "rows", "truth")), policy)
+    mixed = Study(users, good.test_users, *(pick(n) for n in ("personas", "pairs", "followups", "rows", "truth")),
+        policy)
     return mixed, out
 
 # %% ../nbs/11_scripted_policy.ipynb #64463428
@@ -441,9 +463,38 @@ def divergence(
         total += float((np.exp(ours) * (ours - theirs)).sum())
     return total / max(1, len(conversations))
 
-# %% ../nbs/11_scripted_policy.ipynb #7b1e8f81
+# %% ../nbs/11_scripted_policy.ipynb #08ea621d
+def seeded_points(
+    study: Study,
+    pairs: list[dict],  # what to train on
+    seeds: list[int] = (0, 1, 2),
+    users: list | None = None,  # who judges; the study's held-out users by default
+    modes: tuple[str, ...] = ("persona-guided",),
+    requests_per_user: int = 4,
+    method: str = "dpo",  # or "sft"
+    **training,  # of `train_policy`
+) -> dict:  # pairs, points, low, high, seed sd, divergence, n, users, seeds; outcomes and policies
+    """Points (overall) over the base, pooled over seeds, with intervals over users; without pairs the base itself."""
+    users = study.test_users if users is None else users
+    read, found, each, policies = read_pairs(study.policy, pairs), [], [], []
+    for seed in seeds:
+        policy, _ = train_policy(study.policy, read, method, seed=seed, bootstrap=True, **training)
+        rows = policy_outcomes({"base": study.policy, "trained": policy}, users, study.personas, requests_per_user,
+            modes=modes, seed=seed)
+        mine = [row for row in rows if row["aspect"] == "overall"]
+        each.append(100 * float(np.mean([row["outcome"] for row in mine])))
+        found += rows
+        policies.append(policy)
+    summary = summarise_outcomes([row for row in found if row["aspect"] == "overall"])
+    _, prompts = held_out_questions(users, study.personas, 1, modes=modes)
+    return {"pairs": len(pairs), **{name: summary[name] for name in ("points", "low", "high")},
+            "seed sd": float(np.std(each, ddof=1)) if len(each) > 1 else None,
+            "divergence": float(np.mean([divergence(policy, study.policy, prompts) for policy in policies])),
+            "n": summary["n"], "users": summary["users"], "seeds": len(each), "outcomes": found, "policies": policies}
+
+# %% ../nbs/11_scripted_policy.ipynb #8a26bf04
 class FlatteredScorer:
-    """A faulty scorer, for tests of detectors: it looks at the persona's tastes and at flattery, never at the request."""
+    """A faulty scorer, to test detectors: it looks at the persona's tastes and at flattery, never at the request."""
     name = "flattered-scorer"
 
     def __init__(
@@ -456,7 +507,8 @@ class FlatteredScorer:
         """Mean satisfaction of the persona's clear preferences, plus the flattery bonus."""
         values = []
         for answer, row in zip(answers, personas or [None] * len(answers), strict=True):
-            clear = [p for p in (row or {"preferences": []})["preferences"] if p["strength"] > 0 and p["value"] in DIMENSIONS[p["dimension"]]]
+            clear = [p for p in (row or {"preferences": []})["preferences"] if p["strength"] > 0
+                and p["value"] in DIMENSIONS[p["dimension"]]]
             met = sum(satisfies(p["dimension"], p["value"], answer) for p in clear) / len(clear) if clear else 0.5
             values.append(met + self.flattery * ("made for that taste" in answer))
         return values

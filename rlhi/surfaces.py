@@ -9,7 +9,7 @@ __all__ = ['to_grid', 'cell_text', 'touches', 'surface_figure']
 """Figures of a quantity over two settings: colour, value, interval, and the setting in use."""
 from .report import set_theme, show_value
 
-# %% ../nbs/12_surfaces.ipynb #3f9e5461
+# %% ../nbs/12_surfaces.ipynb #992eb239
 def to_grid(
     rows: list[dict],  # one row for each cell
     x: str,  # name of the setting along the x axis
@@ -20,7 +20,8 @@ def to_grid(
     cells = {}
     for row in rows:
         if (row[x], row[y]) in cells:
-            raise ValueError(f"two rows for {x} = {row[x]!r}, {y} = {row[y]!r}: expected one for each cell; average them first")
+            raise ValueError(f"two rows for {x} = {row[x]!r}, {y} = {row[y]!r}: expected one for each cell; "
+                             "average them first")
         cells[row[x], row[y]] = row
     return columns, lines, cells
 
@@ -44,14 +45,15 @@ def touches(
     """Whether the interval of a cell holds the reference."""
     return bool(row and reference is not None and row.get("low") is not None and row["low"] <= reference <= row["high"])
 
-# %% ../nbs/12_surfaces.ipynb #385cc044
+# %% ../nbs/12_surfaces.ipynb #55f5701a
 def _draw_panel(axis, rows, x, y, limits, reference, chosen, palette):
     "One grid of cells."
     import numpy as np
     from matplotlib import patches
 
     columns, lines, cells = to_grid(rows, x, y)
-    grid = np.array([[np.nan if (c := cells.get((a, b))) is None or c["value"] is None else c["value"] for a in columns] for b in lines], float)
+    grid = np.array([[np.nan if (c := cells.get((a, b))) is None or c["value"] is None else c["value"]
+        for a in columns] for b in lines], float)
     image = axis.imshow(grid, cmap=palette, vmin=limits[0], vmax=limits[1], aspect="auto")
     for i, b in enumerate(lines):
         for j, a in enumerate(columns):
@@ -61,15 +63,17 @@ def _draw_panel(axis, rows, x, y, limits, reference, chosen, palette):
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 and not np.isnan(grid[i, j])
             axis.text(j, i, cell_text(row), ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
             if touches(row, reference):
-                axis.add_patch(patches.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="..", edgecolor="0.6", linewidth=0))
+                axis.add_patch(patches.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="..", edgecolor="0.6",
+                    linewidth=0))
             if chosen is not None and (a, b) == tuple(chosen):
-                axis.add_patch(patches.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=2.5))
+                axis.add_patch(patches.Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor="black",
+                    linewidth=2.5))
     axis.set_xticks(range(len(columns)), [show_value(v) if v is not None else "none" for v in columns])
     axis.set_yticks(range(len(lines)), [show_value(v) if v is not None else "none" for v in lines])
     axis.grid(visible=False)
     return image
 
-
+# %% ../nbs/12_surfaces.ipynb #b280813a
 def surface_figure(
     rows: list[dict],  # one for each cell: the two settings, `value`, `low`, `high`; optionally `panel`
     x: str,  # name of the setting along the x axis
@@ -91,10 +95,12 @@ def surface_figure(
     limits = (min(known), max(known)) if known else (0.0, 1.0)
     width = max(len({row[x] for row in rows}), 2)
     height = max(len({row[y] for row in rows}), 2)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(min(14, 1.5 + 1.15 * width * len(panels)), 1.5 + 0.55 * height),
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(min(14, 1.5 + 1.15 * width * len(panels)),
+        1.5 + 0.55 * height),
                                    squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
-        image = _draw_panel(axis, [row for row in rows if row.get("panel", "") == panel], x, y, limits, reference, chosen, palette)
+        image = _draw_panel(axis, [row for row in rows if row.get("panel", "") == panel], x, y, limits, reference,
+            chosen, palette)
         axis.set(xlabel=x_label, ylabel=y_label if axis is axes[0][0] else "", title=panel)
     figure.colorbar(image, ax=list(axes[0]), label=value_label)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")

@@ -7,7 +7,7 @@ from rlhi.personas import PHRASES
 from rlhi.scripted import seeded
 from rlhi.scripted_policy import (BLOCKS, COLUMN, FACTORS, OPTIONS, PREFERENCES, FlatteredScorer, Material, ScriptedPolicy,
                                   divergence, features, log_shares, loss_and_gradient, make_study, mix_studies, policy_points,
-                                  read_persona, read_style, train_policy, write_answer)
+                                  read_persona, read_style, seeded_points, train_policy, write_answer)
 from rlhi.simulate import User, make_users, relevance
 
 ASK = [{"role": "user", "content": "How do I make risotto at home?"}]
@@ -169,3 +169,13 @@ def test_mixing_replaces_whole_users_and_leaves_the_others_pairs_alone(studies):
     assert [p["pair_id"] for p in mixed.pairs if p["user_id"] not in replaced] == untouched
     assert mix_studies(good, bad, 0.0)[0].pairs == good.pairs
     assert mix_studies(good, bad, 0.5)[1] >= replaced, "a larger share only adds"
+
+
+def test_seeded_points_pool_the_seeds_and_no_pairs_change_nothing(studies):
+    study = studies["honest"]
+    nothing = seeded_points(study, [], seeds=[0, 1], requests_per_user=1)
+    assert (nothing["points"], nothing["divergence"], nothing["seed sd"], nothing["n"]) == (0.0, 0.0, 0.0, 8)
+    some = seeded_points(study, study.kept("UBR", min_gap=0.05), seeds=[0, 1], requests_per_user=1)
+    assert some["divergence"] > 0 and some["low"] <= some["points"] <= some["high"] and some["users"] == 4
+    each = [np.mean([r["outcome"] for r in some["outcomes"][i * 12:(i + 1) * 12] if r["aspect"] == "overall"]) for i in range(2)]
+    assert some["points"] == pytest.approx(100 * np.mean(each)) and some["seed sd"] == pytest.approx(100 * np.std(each, ddof=1))
