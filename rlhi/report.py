@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['NOT_RUN', 'NEEDED', 'STYLE', 'hardware', 'provenance', 'make_result', 'save_result', 'load_results', 'show_value',
            'fold_intervals', 'footing', 'to_markdown', 'to_latex', 'show_result', 'paper_values', 'paper_value',
-           'set_theme', 'save_figure', 'interval_figure', 'bar_figure', 'curve_figure', 'html_table', 'html_page']
+           'set_theme', 'title_and_legend', 'save_figure', 'interval_figure', 'bar_figure', 'curve_figure',
+           'html_table', 'html_page']
 
 # %% ../nbs/12_report.ipynb #902ba3cd
 import base64
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import subprocess
+import textwrap
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -216,6 +218,18 @@ def set_theme():
     return seaborn.color_palette("colorblind")
 
 
+def title_and_legend(
+    figure,  # a matplotlib figure in constrained layout
+    title: str,  # what the figure says, wrapped where it is long
+    groups: list[str] = (),  # names in the legend; below two there is none
+) -> None:
+    "The title above all panels and the legend below them, so that neither covers the other."
+    inches = figure.get_size_inches()[0]
+    figure.suptitle("\n".join(textwrap.wrap(title, int(10 * inches))), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    if len(groups) > 1:
+        figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(len(groups), 4), fontsize=9)
+
+
 def save_figure(
     figure,  # a matplotlib figure
     name: str,  # stem of its files
@@ -226,7 +240,9 @@ def save_figure(
     "Write PNG, PDF and the data of a figure; its origin is printed below it."
     folder.mkdir(parents=True, exist_ok=True)
     origin = f"{provenance.get('data', 'data not named')} · profile {provenance['profile']} · {provenance['commit']} · {provenance['date']}"
-    figure.text(0.005, -0.1 / figure.get_figheight(), origin, fontsize=7, color="0.45", ha="left", va="top")
+    figure.draw_without_rendering()
+    lowest = min(0.0, figure.get_tightbbox().y0)  # inches; a legend may hang below the figure
+    figure.text(0.005, (lowest - 0.1) / figure.get_figheight(), origin, fontsize=7, color="0.45", ha="left", va="top")
     path = folder / f"{name}.png"
     figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
     figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight", metadata={"CreationDate": None})
@@ -258,10 +274,9 @@ def interval_figure(
         axis.axvline(reference, color="0.3", linewidth=1, linestyle="--", zorder=0)
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
-    axis.set(xlabel=x_label, title=title)
+    axis.set(xlabel=x_label)
     axis.grid(axis="y", visible=False)
-    if len(groups) > 1:
-        figure.legend(loc="outside right upper")
+    title_and_legend(figure, title, groups)
     return figure
 
 # %% ../nbs/12_report.ipynb #c5b76da3
@@ -288,10 +303,9 @@ def bar_figure(
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.margins(x=0.12)
-    axis.set(xlabel=x_label, title=title)
+    axis.set(xlabel=x_label)
     axis.grid(axis="y", visible=False)
-    if len(groups) > 1:
-        figure.legend(loc="outside right upper")
+    title_and_legend(figure, title, groups)
     return figure
 
 
@@ -300,7 +314,7 @@ def curve_figure(
     x_label: str,  # the x axis, in words
     title: str,  # what the figure says
 ):  # a matplotlib figure
-    "One panel for each `panel`, one line in it for each `line`; the legend stands once, on the right."
+    "One panel for each `panel`, one line in it for each `line`; the legend stands once, below."
     from matplotlib import pyplot
 
     palette = set_theme()
@@ -319,8 +333,8 @@ def curve_figure(
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     names = [line for line in lines if line in handles]
-    figure.legend([handles[n] for n in names], names, loc="outside right upper")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.legend([handles[n] for n in names], names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(len(names), 6))
+    title_and_legend(figure, title)
     return figure
 
 # %% ../nbs/12_report.ipynb #6c1e671f
