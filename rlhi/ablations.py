@@ -4,11 +4,11 @@
 __all__ = ['VERDICTS', 'SMALLEST', 'CLAIMS', 'verdict', 'claim_row', 'verdict_table', 'difference', 'questions_for',
            'nested_users', 'true_persona', 'persona_variants', 'judge_variants', 'band_figure', 'pareto_figure']
 
-# %% ../nbs/12_ablations.ipynb #eacbe8da
+# %% ../nbs/12_ablations.ipynb #2991951f
 """The paper's claims, a stated rule for a verdict on each, and what the ablation notebooks show."""
 import hashlib
 
-from .arms import Bench, answers_of
+from .arms import Bench, answers_of, recorded
 from .judge import user_eval
 from .personas import infer_personas, persona_text
 from .questions import simulated_examples
@@ -99,7 +99,7 @@ def claim_row(
     return {"claim": name, "points": ours, "low": comparison["low"], "high": comparison["high"], "n": comparison["n"],
             "users": comparison.get("users", comparison.get("units")), "seeds": len(seeds), "policy": policy, "note": note}
 
-# %% ../nbs/12_ablations.ipynb #ae2085cf
+# %% ../nbs/12_ablations.ipynb #97f25939
 def _measured(claim: dict, results: dict[str, dict]) -> list[dict]:
     "The rows that speak to a claim, in the columns of `claim_row`."
     result = results.get(claim.get("from"))
@@ -107,15 +107,20 @@ def _measured(claim: dict, results: dict[str, dict]) -> list[dict]:
         return []
     if claim["from"].startswith("claims_"):
         return [row for row in result["rows"] if row["claim"] == claim["id"]]
-    rows = [row for row in result["rows"] if all(row.get(k) == v for k, v in claim["where"].items())]
+    where = {k: v for k, v in claim["where"].items() if k != "arm"}
+    names = [claim["where"]["arm"] + end for end in ("", ", seed ")]  # with several seeds each is a row of its own
+    rows = [row for row in result["rows"] if all(row.get(k) == v for k, v in where.items())
+            and (row["arm"] == names[0] or row["arm"].startswith(names[1]))]
     source = result["provenance"]
-    seeds = len(source["seeds"]) if isinstance(source.get("seeds"), list) else None
+    seeds = 1 if len(rows) > 1 else len(source["seeds"]) if isinstance(source.get("seeds"), list) else None
     return [{"claim": claim["id"], "points": r["points"], "low": r["low"], "high": r["high"], "n": r["n"], "users": r["users"],
              "seeds": seeds, "policy": source.get("model", ""), "note": ""} for r in rows]
 
 
 def _why(outcome: str, row: dict, claimed: float | None, threshold: float) -> str:
     "The rule's reason in words."
+    if row["low"] is None:
+        return "not run: nothing was trained"
     if outcome == VERDICTS[0]:
         return "the whole interval is on the claimed side" + ("" if threshold == 0 else f" of {threshold:g}")
     if outcome == VERDICTS[2]:
@@ -147,7 +152,7 @@ def verdict_table(
                           "verdict": outcome, "why": "; ".join(filter(None, [why, row.get("note")]))})
     return table
 
-# %% ../nbs/12_ablations.ipynb #8966afbb
+# %% ../nbs/12_ablations.ipynb #4f44900e
 def difference(
     judgments: list[dict],  # of `rlhi.arms.judge_arms`, one or more seeds
     first: str,  # arm
@@ -155,12 +160,11 @@ def difference(
     aspect: str = "overall",
     mode: str = "persona-guided",
 ) -> dict:  # first, second, aspect, mode, difference, low, high, p, n, users
-    "Points of one arm minus those of another, paired, with a 95 % interval over users. Raises ValueError where one was not judged."
+    """Points of one arm minus those of another, paired, with a 95 % interval over users.
+
+    An arm whose filters kept no pair was not trained and has no judgments: then the numbers are None, shown as not run."""
     found = [row for row in compare_arms(judgments, first, second) if row["aspect"] == aspect and row["mode"] == mode]
-    if not found:
-        raise ValueError(f"no question in mode {mode!r} was answered by both {first!r} and {second!r}; "
-                         f"judged arms: {', '.join(sorted({row['arm_a'] for row in judgments}))}")
-    row = found[0]
+    row = found[0] if found else dict.fromkeys(("difference", "low", "high", "p", "n", "units"))
     return {"first": first, "second": second, "aspect": aspect, "mode": mode, "difference": row["difference"],
             "low": row["low"], "high": row["high"], "p": row["p"], "n": row["n"], "users": row["units"]}
 
@@ -183,7 +187,7 @@ def nested_users(
     mine = [name for name, user in bench.world.users.items() if user.split == "train"]
     return sorted(mine, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
-# %% ../nbs/12_ablations.ipynb #cc9eb6cc
+# %% ../nbs/12_ablations.ipynb #2991926c
 def true_persona(
     user,  # `rlhi.simulate.User`
 ) -> dict:  # personas row
@@ -208,7 +212,9 @@ def persona_variants(
     for count in first_conversations:
         rows = [row for name in test for row in [r for r in world.rows if r["user_id"] == name][:count]]
         ids = {row["conversation_id"] for row in rows}
-        personas = infer_personas(rows, [row for row in world.followups if row["conversation_id"] in ids])
+        followups = [row for row in world.followups if row["conversation_id"] in ids]
+        personas = recorded(bench.folder / f"personas-{bench.key('cold start', count)}.json",
+                            lambda rows=rows, followups=followups: infer_personas(rows, followups))
         variants[f"{count} conversations"] = {row["user_id"]: row for row in personas}
     return variants
 

@@ -244,7 +244,7 @@ def make_world(
     return World({user.user_id: user for user in true_users(truth)}, rows, truth, followups, personas,
                  recorded(place / "questions.json", list))
 
-# %% ../nbs/11_arms.ipynb #f4d7bbfb
+# %% ../nbs/11_arms.ipynb #d7ce996f
 def load_policy(
     setting: Setting,
     adapter: str | Path | None = None,  # folder that training left; None: the untrained policy
@@ -289,13 +289,14 @@ def train_policy(
 def _train_scripted(setting: Setting, rows: list[dict], out: Path, loss: str, base) -> dict:
     "The surrogate by its exact loss; its weights are a few hundred numbers in JSON."
     from rlhi import scripted_policy
-    from rlhi.hindsight import train_scripted_hindsight
 
     start = time.perf_counter()
     options = {"learning_rate": setting.learning_rate, "epochs": int(setting.epochs), "batch_size": setting.batch_size,
                "seed": setting.seed}
     base = base or scripted_policy.ScriptedPolicy()
     if loss == "hindsight":
+        from rlhi.hindsight import train_scripted_hindsight
+
         trained, log = train_scripted_hindsight(base, rows, **options)
     else:
         trained, log = scripted_policy.train_policy(base, rows, loss, setting.beta, **options)
