@@ -89,7 +89,9 @@ def make_client(base_url: str | None,  # None: OPENAI_BASE_URL, or OpenAI itself
     local = urlsplit(base_url or "").hostname in ("localhost", "127.0.0.1", "::1")
     if not key and not local:
         raise ServerError(f"{base_url or 'the OpenAI server'} needs a key: set the environment variable {key_variable}")
-    return openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout, max_retries=0)
+    # On a connection that is kept open, a server that answers twice has its second answer read as the next question's.
+    return openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout, max_retries=0,
+                         default_headers={"Connection": "close"})
 
 
 def load_on_server(client, adapter: str | Path,  # folder of a PEFT adapter, at the same place on the server's machine

@@ -17,6 +17,8 @@ class _Server:
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # connections are kept open, as by every real server
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with owner.lock:
@@ -124,6 +126,14 @@ class FaultyServer(_Server):
             time.sleep(self.slow)
         elif fault == "cut":
             reply(handler, 200, completion(text)[:60])
+        elif fault == "twice":  # two whole responses to one request, on a connection that is kept open
+            other = completion(text[::-1])
+            body = completion(text)
+            second = (f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(other)}\r\n\r\n").encode()
+            handler.close_connection = False
+            reply(handler, 200, body + second + other, length=len(body))
+        elif fault == "two bodies":
+            reply(handler, 200, completion(text) * 2)
         elif fault == "hang up":
             reply(handler, 200, completion(text)[:60], length=10_000)
         elif fault == "nonsense":

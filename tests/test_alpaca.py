@@ -409,3 +409,23 @@ def test_a_real_model_behind_a_real_server_judges():
         annotations, judgments, report = alpaca.judge_outputs(outputs("arm", ["one", "two"]), outputs("ref", ["three", "four"]), judge)
     assert report["asked"] == 4 and all(j["raw"].startswith("{") for j in judgments)
     assert all(r["preference"] is None or 1 <= r["preference"] <= 2 for r in annotations)
+
+
+def test_a_server_that_answers_twice_is_read_once(tmp_path):
+    "The second response must not be taken for the answer to the next question on the same connection."
+    with FaultyServer(["twice", "ok", "two bodies"] * 4) as server:
+        backend = load_backend("m", kind="openai", base_url=server.url, concurrency=1, progress=False)
+        asked = [f"question {'abcdefghijkl'[i]}" for i in range(12)]
+        assert backend.chat([[{"role": "user", "content": text}] for text in asked]) == [text.upper() for text in asked]
+
+
+def test_retries_of_a_faulty_server_stay_within_the_budget(tmp_path):
+    ours, theirs = outputs("arm", [f"long answer {'x' * i}" for i in range(8)]), outputs("ref", ["short"] * 8)
+    with JudgeServer([429, "ok", 500, "cut", "ok", "two bodies"], slow=3.0) as server:
+        judge = load_backend("m", kind="openai", base_url=server.url, concurrency=2, timeout=2, progress=False)
+        options = {"by": "text", "record": tmp_path / "r.jsonl", "batch_size": 4}
+        _, _, report = alpaca.judge_outputs(ours, theirs, judge, budget=Budget((10.0, 0.0), ceiling=0.022), **options)
+        assert "ceiling" in report["stopped"] and report["spent"] <= 0.022 and report["asked"] == len(server.answered) == 12
+        _, _, report = alpaca.judge_outputs(ours, theirs, judge, **options)
+        assert report["stopped"] is None and report["on_record"] == 12 and report["asked"] == 4
+        assert len(server.answered) == len(set(server.answered)) == 16
