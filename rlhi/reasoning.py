@@ -222,7 +222,7 @@ def task_specification(
     kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(splits["test"] if "test" in splits else splits["train"]).suffix, "json")
     return group({"dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": splits}})
 
-# %% ../nbs/11_reasoning.ipynb #7e9eccfe
+# %% ../nbs/11_reasoning.ipynb #c63008df
 def run_tasks(
     backend,  # of `rlhi.generate`
     tasks: list[str],  # names of tasks, ours or lm-eval's
@@ -251,7 +251,8 @@ def run_tasks(
     for name, task in loaded["tasks"].items():
         task.set_fewshot_seed(seed=1234)
         chosen[name] = fixed_subset([doc_id(doc, i) for i, doc in enumerate(task.eval_docs)], limit)
-    done = evaluate(make_lm(backend, max_new_tokens, seed), loaded, samples=chosen, bootstrap_iters=0, apply_chat_template=True, log_samples=True)
+    done = evaluate(make_lm(backend, max_new_tokens, seed), loaded, samples=chosen, bootstrap_iters=0, apply_chat_template=True, fewshot_as_multiturn=True,
+                    log_samples=True)
     return [sample_row(name, sample, chosen[name]) for name, samples in done["samples"].items() for sample in one_filter(samples)]
 
 
