@@ -431,7 +431,7 @@ def interval(
                     "\\ge ": f"[{right.strip()},\\infty)"}[sign]
     return text
 
-# %% ../nbs/11_equality.ipynb #26ed5932
+# %% ../nbs/11_equality.ipynb #724def62
 @dataclass(frozen=True)
 class Verdict:
     "Whether two answers are the same, and how that was found."
@@ -462,6 +462,8 @@ def equal_math(
     if max(len(ours), len(theirs)) > LONGEST:
         return Verdict(False, f"longer than {LONGEST:,} characters and not the same text")
     if re.fullmatch(r"\\text\s*\{[^{}]*\}|[a-zA-Z]{3,}(?:[ '-][a-zA-Z]{2,})*", ours):
+        return same_words(ours, theirs)
+    if all(re.fullmatch(r"(?:\\text\s*\{)?\s*\(?[a-zA-Z]\)?\s*\}?", text) for text in (ours, theirs)):
         return same_words(ours, theirs)
     return same_shape(ours, theirs, tolerance, seconds)
 
