@@ -10,7 +10,7 @@ cfg = config["DEFAULT"]
 EXTRAS = {
     "vllm": ["vllm>=0.31"],
     "ray": ["ray[data]>=2.50"],
-    "eval": ["lm-eval==0.4.13", "alpaca-eval==0.6.6", "setuptools<82", "math-verify>=0.9"],
+    "eval": ["lm-eval==0.4.13", "alpaca-eval==0.6.6", "setuptools<82", "math-verify[antlr4-13-2]>=0.9"],
 }
 EXTRAS["dev"] = [line for line in Path("requirements/dev.in").read_text().splitlines()
                  if line.strip() and not line.startswith("#")]
@@ -26,7 +26,7 @@ setup(
     url=cfg["git_url"],
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["rlhi", "rlhi.*"]),
-    package_data={"rlhi": ["prompts/*", "data/*"]},
+    package_data={"rlhi": ["prompts/*", "data/*", "tasks/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=EXTRAS,

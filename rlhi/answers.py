@@ -27,7 +27,7 @@ class Found:
     answer: str | None  # None if there was nothing
     how: str  # where it stood, in words
 
-# %% ../nbs/11_answers.ipynb #22c4d4f0
+# %% ../nbs/11_answers.ipynb #ba8464aa
 NUMBER = r"-?\s?\$?\s?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 GSM_CASCADE = [(re.compile(pattern), how) for pattern, how in (
     (rf"####\s*({NUMBER})", "after ####"), (rf"(?m)^A:\s*({NUMBER})", "in the line A:"))]
@@ -43,7 +43,8 @@ def extract_gsm8k(
             return Found(re.sub(r"[\s,$]", "", found[-1]), how)
     if (box := last_box(text)) is not None:
         core = re.sub(r"[\s,€]", "", split_unit(normalise(box[:FORM_LIMIT]))[0])
-        return Found(core, "in the box")
+        inside = re.findall(NUMBER, box[:FORM_LIMIT]) if read_number(core) is None else []
+        return Found(re.sub(r"[\s,$]", "", inside[-1]) if inside else core, "in the box")
     for pattern, how in ((ANSWER_IS, "after `answer is`"), (re.compile(rf"({NUMBER})"), "the last number")):
         if found := pattern.findall(text):
             return Found(re.sub(r"[\s,$]", "", found[-1]), how)
@@ -309,7 +310,7 @@ def truth(value) -> bool:
         return value.strip().lower() in ("true", "1", "yes", "correct")
     return bool(value)
 
-# %% ../nbs/11_answers.ipynb #9168c617
+# %% ../nbs/11_answers.ipynb #0c959264
 def wilson(
     right: int,  # successes
     n: int,  # trials
@@ -330,4 +331,6 @@ def figures(graded: list[dict], task: str) -> dict:
         found["accuracy_with_guesses"] = guess_letters(graded) / n
     if any("agrees" in row for row in graded):
         found["agrees_with_stored"] = sum(row.get("agrees", False) for row in graded)
+        right = sum(row["stored"] == row["gold"] if isinstance(row["stored"], str) and task == "mmlu_pro" else truth(row["stored"]) for row in graded)
+        found["accuracy_of_stored"] = right / n
     return found

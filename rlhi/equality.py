@@ -207,7 +207,7 @@ def split_unit(
     name = UNIT_NAMES.get(name.removesuffix("s"), name.removesuffix("s")) if len(name) > 2 else name
     return match["core"].strip(), name + power
 
-# %% ../nbs/11_equality.ipynb #59485370
+# %% ../nbs/11_equality.ipynb #a1b47459
 # What the LaTeX reader takes for Euler's number, for a call of a function, or not at all.
 READABLE = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![a-zA-Z\\])E_(?:\{(\w+)\}|(\w))", r"\\epsilon_{\1\2}"), (r"(?<![\\a-zA-Z])(?<!_\{)([a-zA-Z])([a-zA-Z])([a-zA-Z]?)(?![a-zA-Z])", r"\1 \2 \3"), (r"\\odot(?![a-zA-Z])", "s"), (r"\\hbar(?![a-zA-Z])", "h_{b}"),
@@ -225,10 +225,14 @@ def read_latex(text: str):
     "A SymPy object, or None if the LaTeX cannot be read. Units are off already, and letters are no units here."
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
+    from sympy import I
 
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False)
     found = parse(f"${readable(text)}$", [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=None)
-    return next((part for part in found if not isinstance(part, str)), None)
+    part = next((part for part in found if not isinstance(part, str)), None)
+    # `6 + 9i` is read as a complex number, `9i + 6` as one with a letter in it; both are the former.
+    letters = [symbol for symbol in getattr(part, "free_symbols", ()) if symbol.name == "i"]
+    return part.subs(dict.fromkeys(letters, I)) if letters else part
 
 
 def algebra(
@@ -427,7 +431,7 @@ def interval(
                     "\\ge ": f"[{right.strip()},\\infty)"}[sign]
     return text
 
-# %% ../nbs/11_equality.ipynb #26ed5932
+# %% ../nbs/11_equality.ipynb #724def62
 @dataclass(frozen=True)
 class Verdict:
     "Whether two answers are the same, and how that was found."
@@ -458,6 +462,8 @@ def equal_math(
     if max(len(ours), len(theirs)) > LONGEST:
         return Verdict(False, f"longer than {LONGEST:,} characters and not the same text")
     if re.fullmatch(r"\\text\s*\{[^{}]*\}|[a-zA-Z]{3,}(?:[ '-][a-zA-Z]{2,})*", ours):
+        return same_words(ours, theirs)
+    if all(re.fullmatch(r"(?:\\text\s*\{)?\s*\(?[a-zA-Z]\)?\s*\}?", text) for text in (ours, theirs)):
         return same_words(ours, theirs)
     return same_shape(ours, theirs, tolerance, seconds)
 
