@@ -16,7 +16,7 @@ help:
 	@echo "make demo       the whole method on a laptop: install, run, report (about ten minutes of computing)"
 	@echo "make test       all tests; 'make test-fast' leaves out those marked slow"
 	@echo "make lab        JupyterLab in nbs/"
-	@echo "make reproduce PROFILE=tiny|demo|lab|paper"
+	@echo "make reproduce PROFILE=tiny|demo|lab|paper   all experiments, the ablations too"
 	@echo "make export     notebooks -> rlhi/, then clean them;  'make check' fails on any difference"
 	@echo "make bench      the benchmarks of tests/benchmarks, as tables"
 
@@ -30,7 +30,7 @@ $(INSTALLED): $(LOCK) $(SMALL) settings.ini setup.py
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(BIN)/rlhi reproduce demo
+	@$(BIN)/rlhi reproduce demo --only 20_pipeline 21_training 30_user_eval 90_report
 	@$(BIN)/rlhi show demo
 
 reproduce: $(INSTALLED)
