@@ -429,3 +429,12 @@ def test_retries_of_a_faulty_server_stay_within_the_budget(tmp_path):
         _, _, report = alpaca.judge_outputs(ours, theirs, judge, **options)
         assert report["stopped"] is None and report["on_record"] == 12 and report["asked"] == 4
         assert len(server.answered) == len(set(server.answered)) == 16
+
+
+def test_agreement_prints_nothing_but_json(tmp_path, capsys):
+    from rlhi.cli import main
+
+    (tmp_path / "pairs.csv").write_text("prompt,answer_a,answer_b,label\nWhat is two and two?,Four.,Five.,a\n")
+    assert main(["agreement", str(tmp_path / "pairs.csv"), "--judge", "tiny", "--store", str(tmp_path / "s.sqlite"), "--json"]) == 0
+    rows = {r["statistic"]: r for r in json.loads(capsys.readouterr().out)}
+    assert rows["accuracy"]["n"] == 1 and rows["accuracy"]["value"] in (0, 0.5, 1)
