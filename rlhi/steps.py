@@ -78,7 +78,7 @@ def read_prm800k(
         solutions.append({"solution_id": f"{Path(path).stem}:{number}", **solution})
     return solutions, rejected
 
-# %% ../nbs/11_steps.ipynb #22b4687e
+# %% ../nbs/11_steps.ipynb #a6e4a233
 MISTAKES = ("slip", "operation", "number")
 
 
@@ -91,12 +91,13 @@ def make_problem(
     split: str = "train",  # "train" or "test": decides names, things and wordings
     wrong: bool = False,  # whether the solution goes wrong
     seed: int = 0,  # of all problems
+    steps_from_to: tuple[int, int] = (2, 4),  # fewest and most steps
 ) -> dict:  # a row in the schema of PRM800K
     "A word problem with a labelled solution; same arguments, same problem."
     luck, words = random.Random(f"{seed}/{split}/{number}"), read_data("steps")
     name, things = luck.choice(words["names"][split]), luck.choice(words["things"][split])
     value = true = luck.randint(3, 30)
-    parts, steps, ratings, count = [f"{name} has {value} {things}."], [], [], luck.randint(2, 4)
+    parts, steps, ratings, count = [f"{name} has {value} {things}."], [], [], luck.randint(*steps_from_to)
     bad, kind = (luck.randrange(count), luck.choice(MISTAKES)) if wrong else (None, None)
     for i in range(count):
         sign = luck.choice("+-*") if 5 < true < 100 else "+" if true <= 5 else "-"
@@ -129,16 +130,17 @@ def prm_row(problem: str, gold: str, steps: list[str], bad: int | None, answer: 
                          "pre_generated_answer": answer, "pre_generated_verifier_score": None},
             "label": {"steps": made, "total_time": 0, "finish_reason": "solution" if bad is None else "found_error"}}
 
-# %% ../nbs/11_steps.ipynb #bd9c3225
+# %% ../nbs/11_steps.ipynb #e6199c62
 def make_solutions(
     n: int,  # how many
     split: str = "train",  # "train" or "test"
     wrong_share: float = 0.8,  # share of solutions that go wrong
     seed: int = 0,  # of all problems
+    steps_from_to: tuple[int, int] = (2, 4),  # fewest and most steps
 ) -> list[dict]:  # solutions as `read_prm800k` gives them
     "Labelled solutions, made here: no file, no network."
     luck = random.Random(f"{seed}/{split}/wrong")
-    return [{"solution_id": f"arithmetic-{split}-{seed}:{i}", **read_steps(make_problem(i, split, luck.random() < wrong_share, seed))} for i in range(n)]
+    return [{"solution_id": f"arithmetic-{split}-{seed}:{i}", **read_steps(make_problem(i, split, luck.random() < wrong_share, seed, steps_from_to))} for i in range(n)]
 
 
 def write_problems(rows: list[dict], path: str | Path) -> None:
