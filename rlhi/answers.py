@@ -59,7 +59,7 @@ def equal_gsm8k(gold: str, answer: str) -> Verdict:
     same = same_number(ours, theirs)
     return Verdict(same, "the same number" if same else f"{answer} is not {gold}")
 
-# %% ../nbs/11_answers.ipynb #c796d46e
+# %% ../nbs/11_answers.ipynb #5975848b
 BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(?P<bare>\w+)|\\[\\{}]|[{}]")
 JOINT = re.compile(r"(?:and|or|[\s$.,;{}]|\\[()\[\]]|\\text)*")
 GAP = 40  # most characters between two boxes that make one answer
@@ -86,7 +86,7 @@ def boxes(
 
 def last_box(text: str) -> str | None:
     "The last box, joined with those that stand right before it; None if there is none."
-    found = boxes(text)
+    found = [box for box in boxes(text) if box[2].strip()]
     if not found:
         return None
     start, _, content = found.pop()
@@ -98,7 +98,7 @@ def last_box(text: str) -> str | None:
             content = f"{before}, {content}"
     return content
 
-# %% ../nbs/11_answers.ipynb #ebc468fb
+# %% ../nbs/11_answers.ipynb #b6b17986
 FINAL = re.compile(r"(?i)\b(?:final\s+)?answer(?:\s+is|\s?:)[\s*:]{0,8}")
 FORMULA = re.compile(r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>[^$\n]+)(?<!\\)\$|\\\((?P<c>(?:[^\\]|\\(?!\)))+)\\\)|\\\[(?P<d>(?:[^\\]|\\(?!\]))+)\\\]")
 PROSE = re.compile(r"(?<![\\a-zA-Z])(?!and|or|sqrt|frac)[a-zA-Z]{2,}(?![a-zA-Z(])")
@@ -111,7 +111,7 @@ def extract_math(
     "The answer of a solution: the last box, what is called the answer, a bare answer, the last formula or number."
     if (box := last_box(text)) is not None:
         return Found(box, "in the box")
-    if "\\boxed{" in text:
+    if "\\boxed{" in text and not boxes(text):
         return Found(None, "a box that does not close")
     if found := re.findall(r"####\s*(\S.*)", text):
         return Found(found[-1].strip(), "after ####")
@@ -129,7 +129,7 @@ def extract_math(
     if formulas := [next(filter(None, match.groupdict().values())) for match in FORMULA.finditer(text[-TAIL:])]:
         return Found(formulas[-1].strip(), "the last formula")
     numbers = re.findall(NUMBER, text)
-    return Found(numbers[-1], "the last number") if numbers else Found(None, "no box, no formula, no number")
+    return Found(numbers[-1].strip(), "the last number") if numbers else Found(None, "no box, no formula, no number")
 
 # %% ../nbs/11_answers.ipynb #c5dba06c
 FIRST = re.compile(r"answer is \(?([A-J])\)?")

@@ -53,13 +53,14 @@ def hub_rows(hub: str, revision: str | None) -> tuple[list[dict], str]:
     commit = revision or HfApi().dataset_info(hub).sha
     return list(load_dataset(hub, split="test", revision=commit)), commit
 
-# %% ../nbs/11_reasoning.ipynb #9f6219b7
+# %% ../nbs/11_reasoning.ipynb #f6e11f48
 def problems_of(
     name: str,  # one of SOURCES
     path: str | Path | None = None,  # a local file; else the Hub, or made here
     revision: str | None = None,  # commit on the Hub
     n: int = 50,  # arithmetic: how many
     seed: int = 0,  # arithmetic: which
+    steps_from_to: tuple[int, int] = (2, 4),  # arithmetic: fewest and most steps
 ) -> tuple[list[dict], str]:  # id, problem, gold, tolerance; where they came from
     "The problems of a task. Raises ValueError if the name is unknown, or OSError if neither file nor Hub is there."
     if name not in SOURCES:
@@ -69,8 +70,8 @@ def problems_of(
         if rows and "label" in rows[0]:  # PRM800K's schema
             rows = [{"id": solution["solution_id"], "problem": solution["problem"], "answer": solution["gold"]} for solution in read_prm800k(path)[0]]
     elif name == "arithmetic":
-        made = [read_steps(make_problem(i, "test", False, seed)) for i in range(n)]
-        rows, origin = [{"id": f"{seed}:{i}", "problem": row["problem"], "answer": row["gold"]} for i, row in enumerate(made)], f"made here, seed {seed}"
+        made = [read_steps(make_problem(i, "test", False, seed, tuple(steps_from_to))) for i in range(n)]
+        rows, origin = [{"id": f"{seed}:{steps_from_to[0]}-{steps_from_to[1]}:{i}", "problem": row["problem"], "answer": row["gold"]} for i, row in enumerate(made)], f"made here, {steps_from_to[0]} to {steps_from_to[1]} steps, seed {seed}"
     else:
         rows, commit = hub_rows(SOURCES[name]["hub"], revision)
         origin = f"{SOURCES[name]['hub']} at {commit}"
@@ -88,19 +89,20 @@ def fixed_subset(
     order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(str(ids[i]).encode()).hexdigest())
     return sorted(order[:n])
 
-# %% ../nbs/11_reasoning.ipynb #a5ef079c
+# %% ../nbs/11_reasoning.ipynb #33bac390
 def load_problems(
     name: str,  # from the task's YAML file
     files: dict[str, str] | None = None,  # local file by task, from the metadata of the run
     revisions: dict[str, str] | None = None,  # commit by task
     n: int = 50,  # arithmetic: how many
     seed: int = 0,  # arithmetic: which
+    steps_from_to: tuple[int, int] = (2, 4),  # arithmetic: fewest and most steps
     **rest,  # what else the harness hands over
 ):  # a `datasets.DatasetDict` with the split `test`
     "What lm-eval calls for the data of one of our tasks."
     from datasets import Dataset, DatasetDict
 
-    problems, _ = problems_of(name, (files or {}).get(name), (revisions or {}).get(name), n, seed)
+    problems, _ = problems_of(name, (files or {}).get(name), (revisions or {}).get(name), n, seed, steps_from_to)
     return DatasetDict({"test": Dataset.from_list(problems)})
 
 
@@ -222,7 +224,7 @@ def task_specification(
     kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(splits["test"] if "test" in splits else splits["train"]).suffix, "json")
     return group({"dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": splits}})
 
-# %% ../nbs/11_reasoning.ipynb #c63008df
+# %% ../nbs/11_reasoning.ipynb #c3fb02fa
 def run_tasks(
     backend,  # of `rlhi.generate`
     tasks: list[str],  # names of tasks, ours or lm-eval's
@@ -232,6 +234,7 @@ def run_tasks(
     max_new_tokens: int | None = None,  # shorter than the task says
     n: int = 50,  # arithmetic: how many problems
     seed: int = 0,  # of arithmetic problems and of drawn answers
+    steps_from_to: tuple[int, int] = (2, 4),  # arithmetic: fewest and most steps
 ) -> list[dict]:  # samples: task, id, correct, answer, gold, reason, text, prompt_hash
     "Run tasks under lm-eval with a backend. Raises ImportError that says what to install."
     import logging
@@ -244,7 +247,7 @@ def run_tasks(
         raise ImportError(f"the benchmarks need lm-eval: pip install 'rlhi[eval]' ({error})") from error
     files, revisions = dict(files or {}), dict(revisions or {})
     ours = {"files": {OURS.get(task, task): path for task, path in files.items()}, "revisions": {OURS.get(task, task): r for task, r in revisions.items()},
-            "n": n, "seed": seed}
+            "n": n, "seed": seed, "steps_from_to": list(steps_from_to)}
     manager = TaskManager(include_path=[str(folder) for folder in task_folders(tasks)], include_defaults=False, metadata=ours)
     loaded = manager.load([part for task in tasks for part in task_specification(task, files, revisions)])
     chosen = {}

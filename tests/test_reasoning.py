@@ -35,7 +35,8 @@ def test_made_problems_are_right_where_they_say_so():
             a, sign, b = sum_.split()
             assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(result) >= 0, (i, j, text)
         assert wrong["first_wrong"] == len(wrong["steps"]) - 1 < len(wrong["whole"]) - 1
-        assert wrong["problem"] != right["problem"] or wrong["whole"][wrong["first_wrong"]] != right["whole"][wrong["first_wrong"]]
+        assert wrong["problem"] == right["problem"] and wrong["reference"] == steps.show_steps(right["whole"])
+        assert wrong["steps"][:-1] == right["whole"][:len(wrong["steps"]) - 1] and wrong["steps"][-1] != right["whole"][len(wrong["steps"]) - 1]
     assert steps.make_problem(7, "train", True) == steps.make_problem(7, "train", True)
 
 
@@ -72,6 +73,9 @@ def test_conversations_go_through_the_pipeline():
     assert len(pairs) == len(wrong) > 5
     for pair in pairs:
         assert pair["reward_rejected"] == 0.0 and pair["rejected"][0]["content"].startswith("Step 1: ")
+    scorer = steps.AnswerScorer(golds)
+    for pair in steps.reference_pairs(rows, solutions):
+        assert scorer.score([pair["prompt"]] * 2, [pair[side][0]["content"] for side in ("chosen", "rejected")]) == [1.0, 0.0]
     test_rows, _ = steps.step_conversations(steps.make_solutions(30, "test"), "test")
     train_rows, _ = steps.step_conversations(steps.make_solutions(30, "train"), "train")
     assert not {r["turns"][0]["content"] for r in test_rows} & {r["turns"][0]["content"] for r in train_rows}
