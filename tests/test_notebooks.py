@@ -68,6 +68,14 @@ def test_notebook_is_committed_with_its_outputs(path):
     assert not [o for cell in shown for o in cell["outputs"] if o["output_type"] == "error"]
 
 
+@pytest.mark.parametrize("path", ALL, ids=names(ALL))
+def test_prose_is_no_commented_code(path):
+    """A draft's comment marks left in would make every paragraph a heading."""
+    prose = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"]
+    marked = [text for text in prose if all(line.startswith("#") for line in text.splitlines() if line.strip()) and "\n" in text.strip()]
+    assert not [text for text in prose if text.startswith("# #")] and not [text for text in marked if "\n# " in text or "\n#\n" in text]
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=names(EXPERIMENTS))
 def test_experiments_hold_no_machinery(path):
     text = "\n".join("".join(cell["source"]) for cell in cells(path))
