@@ -281,7 +281,7 @@ def sample_row(task: str, sample: dict, places: list[int]) -> dict:
         row |= {"answer": str(sample["filtered_resps"][0]), "reason": f"lm-eval's filter {sample['filter']}", "how": "lm-eval"}
     return row
 
-# %% ../nbs/11_reasoning.ipynb #f4a69764
+# %% ../nbs/11_reasoning.ipynb #18011c9d
 def family(task: str) -> str:
     "The benchmark that a task belongs to: the fourteen subjects of MMLU-Pro are one."
     return "mmlu_pro" if task.startswith("mmlu_pro") else task
@@ -320,13 +320,14 @@ def paired_table(
                                   {"gained": int((a > b).sum()), "lost": int((a < b).sum()), "n": len(keys)}))
     error = float(np.sqrt(sum(row["se"] ** 2 for row in rows)) / len(rows))
     return [*rows, with_interval({"task": f"average of {len(rows)}", **{name: np.mean([row[name] for row in rows]) for name in ("base", "arm", "difference")}}, error,
-                                 {name: sum(row[name] for row in rows) for name in ("gained", "lost", "n")})]
+                                 {name: sum(row[name] for row in rows) for name in ("gained", "lost", "n")},
+                                 float(np.sqrt(sum((row["high"] - row["difference"]) ** 2 for row in rows)) / len(rows)))]
 
 
-def with_interval(values: dict, error: float, counts: dict) -> dict:
-    "Values with the standard error and the 95 % interval of the difference."
+def with_interval(values: dict, error: float, counts: dict, half: float | None = None) -> dict:
+    "Values with the standard error and the 95 % interval of the difference; of no disagreement in n, three in n is the bound."
     values = {name: value if isinstance(value, str) else float(value) for name, value in values.items()}
-    half = 1.96 * float(error)
+    half = float(half if half is not None else 1.96 * error if counts["gained"] + counts["lost"] else 300 / counts["n"])
     return {**values, "low": values["difference"] - half, "high": values["difference"] + half, "se": float(error), **counts}
 
 # %% ../nbs/11_reasoning.ipynb #16e1e7da
