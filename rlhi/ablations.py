@@ -124,7 +124,8 @@ def _why(outcome: str, row: dict, claimed: float | None, threshold: float) -> st
     if outcome == VERDICTS[0]:
         return "the whole interval is on the claimed side" + ("" if threshold == 0 else f" of {threshold:g}")
     if outcome == VERDICTS[2]:
-        return "the interval holds no effect and the paper's size alike; more users or seeds would tell"
+        size = "an effect of five points" if claimed is None else "one of the paper's size"
+        return f"the interval holds no effect and {size} alike; more users or seeds would tell"
     if row["high"] < threshold:
         return "the whole interval is on the other side"
     return "the interval holds no effect, and an effect of " + ("five points" if claimed is None else "the paper's size") + " is outside"
