@@ -12,7 +12,7 @@ from .arms import Bench, answers_of, recorded
 from .judge import user_eval
 from .personas import infer_personas, persona_text
 from .questions import simulated_examples
-from .report import paper_value, set_theme
+from .report import paper_value, set_theme, title_and_legend
 from .simulate import DIMENSIONS, NO_PREFERENCE
 from .winrates import compare_arms
 
@@ -262,8 +262,8 @@ def band_figure(
     for name, value in marks:
         axis.axhline(value, color="0.6", linewidth=0.8, zorder=0)
         axis.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), fontsize=7, va="bottom", ha="right", color="0.4")
-    axis.set(xlabel=x_label, ylabel=y_label, title=title)
-    figure.legend(loc="outside right upper")
+    axis.set(xlabel=x_label, ylabel=y_label)
+    title_and_legend(figure, title, lines)
     return figure
 
 # %% ../nbs/12_ablations.ipynb #f0e2e427
@@ -278,7 +278,8 @@ def pareto_figure(
 
     palette = set_theme()
     figure, axis = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-    for i, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    for i, group in enumerate(groups):
         mine = [row for row in rows if row["group"] == group]
         x, y = [row["x"] for row in mine], [row["y"] for row in mine]
         sides = [[[abs(row[name] - row[f"{name}_{end}"]) for row in mine] for end in ("low", "high")] for name in "xy"]
@@ -288,6 +289,6 @@ def pareto_figure(
             axis.annotate(row["label"], (row["x"], row["y"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
     for line in (axis.axhline, axis.axvline):
         line(0, color="0.3", linewidth=1, linestyle="--", zorder=0)
-    axis.set(xlabel=x_label, ylabel=y_label, title=title)
-    figure.legend(loc="outside right upper")
+    axis.set(xlabel=x_label, ylabel=y_label)
+    title_and_legend(figure, title, groups)
     return figure
