@@ -282,11 +282,10 @@ def bench_growth(options, model, tokenizer, pairs):
         rows.append({"kind": "pair", "prompt": prompt, "answer": answer, "n": 2, "rlhi_s": seen["rlhi"][0],
                      "peer_s": seen["TRL"][0], "rlhi_mib": seen["rlhi"][3], "peer_mib": seen["TRL"][3],
                      "formula": 2 * (prompt + answer) / (prompt + 2 * answer)})
-    base = getattr(model, "get_base_model", lambda: model)()
     for n in (2, 4, 8, 16, 32, 64):
         prompt, answers = random_pair(draw, 300, 1)["prompt_ids"], [random_pair(draw, 1, 100)["chosen_ids"] for _ in range(n)]
-        alone = lambda: [sequence_logprobs(base, [prompt], [a]) for a in answers]
-        seen = alternate({"rlhi": lambda: sequence_logprobs(base, [prompt] * n, answers), "alone": alone}, options.repeats)
+        alone = lambda: [sequence_logprobs(trainer.model, [prompt], [a]) for a in answers]
+        seen = alternate({"rlhi": lambda: sequence_logprobs(trainer.model, [prompt] * n, answers), "alone": alone}, options.repeats)
         rows.append({"kind": "candidates", "prompt": 300, "answer": 100, "n": n, "rlhi_s": seen["rlhi"][0],
                      "peer_s": seen["alone"][0], "rlhi_mib": seen["rlhi"][3], "peer_mib": seen["alone"][3],
                      "formula": n * 400 / (300 + n * 100)})
