@@ -9,7 +9,6 @@ __all__ = ['PACKAGE_EVALUATOR', 'PACKAGE_PROMPT', 'ALPACA_SETS', 'read_questions
 # %% ../nbs/11_alpaca.ipynb #f6220aab
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from .arena import arena_battles, arena_scores, read_arena_questions
 from .generate import Sampling
 from .judge import injection_report, injection_tasks, judge_data, judge_pairs, wilson
 from .length_control import read_gamed
+from .tables import write_whole
 from .winrates import alpaca_annotations, number, paired_test, read_records, winrate_row
 
 # %% ../nbs/11_alpaca.ipynb #1779b6cd
@@ -62,12 +62,7 @@ def write_records(
     path: str | Path,  # .json; its folder is made if missing
 ) -> Path:  # the same path
     "Write outputs or annotations as AlpacaEval reads them, in one move: a killed run leaves no half file."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_whole(json.dumps(records, ensure_ascii=False, indent=1) + "\n", path)
 
 
 def align_outputs(

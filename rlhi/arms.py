@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['WORLD', 'PAIR_METHODS', 'NO_FILTER', 'FILTERS', 'Setting', 'read_setting', 'spoil_feedback', 'bad_feedback',
            'package_state', 'key_of', 'recorded', 'World', 'oracle_followups', 'read_followups', 'make_world',
-           'load_policy', 'train_policy', 'Bench', 'make_pairs', 'select_pairs', 'train_arm', 'prompts_of',
-           'answers_of', 'judge_arms', 'points']
+           'load_policy', 'train_policy', 'Bench', 'make_pairs', 'select_pairs', 'train_arm', 'answers_of',
+           'judge_arms', 'points']
 
 # %% ../nbs/11_arms.ipynb #06dbdb92
 """What the ablations share: one setting, a simulated log with known noise, pairs, arms, and their points over the base."""
@@ -23,10 +23,11 @@ from .conversations import read_table, write_table
 from .generate import Sampling, Store, load_backend
 from .judge import user_eval
 from .personas import infer_personas
-from .questions import simulated_examples
-from .rewards import make_scorer, with_persona
+from .questions import prompts_of, simulated_examples
+from .rewards import make_scorer
 from .scripted import seeded, subject_of
 from .simulate import make_users, read_data, read_truth, simulate_logs, true_followups, true_users, write_truth
+from .tables import write_whole
 from .winrates import win_table
 
 # %% ../nbs/11_arms.ipynb #a20dc9f5
@@ -94,8 +95,7 @@ def spoil_feedback(
     Raises ValueError where the share is not between 0 and 1."""
     if not 0 <= share <= 1:
         raise ValueError(f"share of bad feedback is {share}; expected a number from 0 to 1")
-    tastes = {row["user_id"]: row["tastes"] for row in truth if row["record"] == "user"}
-    complaints = [row for row in truth if row["record"] == "message" and row["feedback"]]
+    tastes, complaints = _complaints(truth)
     order = sorted(complaints, key=lambda row: seeded("spoil", seed, row["conversation_id"], row["turn"]).random())
     chosen = {(row["conversation_id"], row["turn"]): row for row in order[:round(share * len(order))]}
     exchanged = {place: _other_complaint(row, tastes[row["user_id"]], seed) for place, row in chosen.items()}
@@ -106,6 +106,12 @@ def spoil_feedback(
                  if (place := (row["conversation_id"], i)) in exchanged else turn for i, turn in enumerate(row["turns"])]
         new_rows.append({**row, "turns": turns})
     return new_rows, new_truth
+
+
+def _complaints(truth: list[dict]) -> tuple[dict, list[dict]]:
+    "Tastes by user, and the records of the messages that carry feedback."
+    return ({row["user_id"]: row["tastes"] for row in truth if row["record"] == "user"},
+            [row for row in truth if row["record"] == "message" and row["feedback"]])
 
 
 def _other_complaint(row: dict, tastes: dict[str, str], seed: int) -> dict:
@@ -123,8 +129,7 @@ def bad_feedback(
     truth: list[dict],  # truth sidecar
 ) -> dict[str, int]:  # complaints, and how many of them the user does not mean
     "Count the complaints that ask for something other than the user's tastes; a missed request is a fair complaint."
-    tastes = {row["user_id"]: row["tastes"] for row in truth if row["record"] == "user"}
-    complaints = [row for row in truth if row["record"] == "message" and row["feedback"]]
+    tastes, complaints = _complaints(truth)
     bad = [row for row in complaints if row["dimension"] != "request"
            and tastes[row["user_id"]].get(row["dimension"]) != row["value"]]
     return {"complaints": len(complaints), "bad": len(bad)}
@@ -155,11 +160,7 @@ def recorded(
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         pass
-    result = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(result, ensure_ascii=True), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(json.dumps(make(), ensure_ascii=True), path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../nbs/11_arms.ipynb #151e486a
@@ -409,14 +410,6 @@ def train_arm(
     made_from = [[row.get(name) for name in columns] for row in rows]
     out = bench.folder / f"{name.replace(' ', '-').replace('/', '-')}-{bench.key(loss, made_from)}"
     return out, recorded(out / "summary.json", lambda: train_policy(bench.setting, rows, out, loss, bench.base))
-
-
-def prompts_of(
-    examples: list[dict],  # questions in both modes
-) -> list[list[dict]]:  # messages; persona-guided ones open with the persona
-    "What a policy sees of each question."
-    return [with_persona(row["prompt"], row["persona"]["persona"] if row["mode"] == "persona-guided" and row["persona"] else None)
-            for row in examples]
 
 
 def answers_of(

@@ -307,7 +307,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-gap", type=float, default=0.05, help="least reward gap of a pair")
     parser.add_argument("--max-gap", type=float, help="largest reward gap: a very large one is suspicious")
 
-
+# %% ../nbs/14_cli.ipynb #7719a1ee
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     "How the adapter is trained."
     parser.add_argument("--loss", default="dpo", choices=("dpo", "sft"))

@@ -234,7 +234,7 @@ def read_latex(text: str):
     letters = [symbol for symbol in getattr(part, "free_symbols", ()) if symbol.name == "i"]
     return part.subs(dict.fromkeys(letters, I)) if letters else part
 
-
+# %% ../nbs/11_equality.ipynb #a1b474ee
 def algebra(
     gold: str,  # what is right, LaTeX
     answer: str,  # what was answered

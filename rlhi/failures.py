@@ -8,13 +8,12 @@ __all__ = ['RELEVANCE_FALL', 'LEAST_AGREEMENT', 'FORGOTTEN', 'Alarm', 'persona_f
 
 # %% ../nbs/11_failures.ipynb #7a10ea4d
 """Detectors of reward hacking, noise amplification and forgetting: a figure, an interval, an alarm."""
-import importlib.resources
-import json
 from dataclasses import dataclass
 
 import numpy as np
 
 from .filters import wilson
+from .judge import judge_data
 from .rewards import PreferenceChecker, without_persona
 from .simulate import NO_PREFERENCE, relevance, satisfies
 from .winrates import cluster_interval
@@ -114,8 +113,7 @@ def general_questions(
     limit: int | None = None,  # how many, from the start
 ) -> list[dict]:  # question, options (four), answer (index of the right one), topic
     """The fixed general set of the package."""
-    text = importlib.resources.files("rlhi").joinpath("data", "general_knowledge.jsonl").read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()][:limit]
+    return judge_data("general_knowledge")[:limit]
 
 
 def general_scores(

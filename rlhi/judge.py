@@ -417,7 +417,7 @@ def grade_answers(
 
 # %% ../nbs/09_judge.ipynb #dbc0f004
 def judge_data(
-    name: str,  # "judge_injections" or "judge_probes"
+    name: str,  # of the file, such as "judge_injections" or "general_questions"
 ) -> list[dict]:
     "A JSON lines file of the package."
     from importlib.resources import files

@@ -174,7 +174,7 @@ def solve_signs(
     fits = np.where(signs == 0, slope <= penalty, new * signs > 0)
     return new if fits.all() else None
 
-
+# %% ../nbs/10_length_control.ipynb #827bfcee
 def orthant_step(
     b: np.ndarray,  # [m, k] coefficients
     gradient: np.ndarray,  # [m, k] of the loss

@@ -205,7 +205,7 @@ def why_run(
     changed = [name for name in pieces if before.get(name) != pieces[name]] + [name for name in before if name not in pieces]
     return f"changed: {', '.join(changed)}" if changed else None
 
-
+# %% ../nbs/13_reproduce.ipynb #2e01e1ee
 def make_plan(
     root: Path,  # the checkout
     profile: dict,  # parameters

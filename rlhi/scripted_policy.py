@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from .checkers import DIMENSIONS, relevance, satisfies
+from .failures import persona_fit
 from .generate import Backend, Sampling
 from .judge import user_eval
 from .personas import PHRASES
-from .questions import simulated_examples
+from .questions import prompts_of, simulated_examples
 from .scripted import _recognise, _write, read_data, seeded, subject_of
 from .winrates import outcomes, summarise_outcomes
 
@@ -303,13 +304,9 @@ def held_out_questions(
     seed: int = 0,
 ) -> tuple[list[dict], list[list[dict]]]:  # examples of `rlhi.questions`, and each as the policy sees it
     """New requests of the users, with the inferred persona in front where the mode is persona-guided."""
-    from rlhi.rewards import with_persona
-
     asked = [row for row in simulated_examples(users, personas, requests_per_user, 0, first=first, seed=seed)
         if row["mode"] in modes]
-    return asked, [with_persona(row["prompt"], row["persona"]["persona"] if row["mode"] == "persona-guided"
-        and row["persona"] else None)
-                   for row in asked]
+    return asked, prompts_of(asked)
 
 # %% ../nbs/11_scripted_policy.ipynb #7ac014de
 def policy_outcomes(
@@ -507,8 +504,6 @@ class FlatteredScorer:
         """Mean satisfaction of the persona's clear preferences, plus the flattery bonus."""
         values = []
         for answer, row in zip(answers, personas or [None] * len(answers), strict=True):
-            clear = [p for p in (row or {"preferences": []})["preferences"] if p["strength"] > 0
-                and p["value"] in DIMENSIONS[p["dimension"]]]
-            met = sum(satisfies(p["dimension"], p["value"], answer) for p in clear) / len(clear) if clear else 0.5
-            values.append(met + self.flattery * ("made for that taste" in answer))
+            met = persona_fit(row, answer)
+            values.append((0.5 if met is None else met) + self.flattery * ("made for that taste" in answer))
         return values

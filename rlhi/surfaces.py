@@ -7,7 +7,7 @@ __all__ = ['to_grid', 'cell_text', 'touches', 'surface_figure']
 
 # %% ../nbs/12_surfaces.ipynb #3d1f9ec1
 """Figures of a quantity over two settings: colour, value, interval, and the setting in use."""
-from .report import set_theme, show_value
+from .report import set_theme, show_value, title_and_legend
 
 # %% ../nbs/12_surfaces.ipynb #992eb239
 def to_grid(
@@ -103,5 +103,5 @@ def surface_figure(
             chosen, palette)
         axis.set(xlabel=x_label, ylabel=y_label if axis is axes[0][0] else "", title=panel)
     figure.colorbar(image, ax=list(axes[0]), label=value_label)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    title_and_legend(figure, title)
     return figure

@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'KINDS', 'STRING', 'INTEGER', 'NUMBER', 'TRUTH', 'TIME', 'MESSAGE', 'MESSAGES', 'PLACE', 'PREFERENCE',
            'PROBABILITIES', 'CONVERSATIONS', 'FOLLOWUPS', 'PERSONAS', 'PAIRS', 'JUDGMENTS', 'REJECTED', 'SCHEMAS',
            'PYTHON_TYPES', 'column', 'optional', 'unicode_problem', 'shorten', 'find_problem', 'allowed', 'named',
-           'validate', 'write_table', 'read_table', 'parquet_shards', 'check_columns']
+           'validate', 'write_table', 'write_whole', 'read_table', 'parquet_shards', 'check_columns']
 
 # %% ../nbs/00_tables.ipynb #ac3478d6
 import functools
@@ -222,6 +222,19 @@ def write_table(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMAS[name]), part, compression="zstd")
+    os.replace(part, path)
+    return path
+
+
+def write_whole(
+    text: str,  # what the file is to hold
+    path: str | Path,  # its folder is made if missing
+) -> Path:
+    "Write a text file that appears whole or not at all: a killed run leaves no half of it."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
     return path
 

@@ -21,7 +21,7 @@ from .batches import (PackedCollator, TrainConfig, plan, reference_key, referenc
                           tokenise)
 from .generate import resolve_model
 from .prefix import add_prefix_head, packed_scores
-from .tables import read_table
+from .tables import read_table, write_whole
 from .tries import Forest, plant
 
 # %% ../nbs/08_train.ipynb #17ba0791
@@ -310,9 +310,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def _write_json(content, path: Path) -> None:
     "Write a file that is either complete or absent."
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    os.replace(part, path)
+    write_whole(json.dumps(content, indent=1, ensure_ascii=False), path)
 
 # %% ../nbs/08_train.ipynb #4cd66dfa
 def read_result(

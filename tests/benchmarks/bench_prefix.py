@@ -124,6 +124,12 @@ def build(shape: str):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tokenizer
 
 
+def item(prompt: list[int], chosen: list[int], rejected: list[int]) -> dict:
+    """A prepared pair, with made-up reference log-probabilities."""
+    return {"row": {}, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
+            "ref_chosen_logps": -2.0 * len(chosen), "ref_rejected_logps": -2.0 * len(rejected)}
+
+
 def trainers(model, tokenizer, items, checkpointing):
     """The same wrapped model under TRL's collator and forward, and under ours."""
     plain = TrainConfig(sharing="none", gradient_checkpointing=checkpointing)
@@ -158,8 +164,7 @@ def show(title, rows, unit_count, unit):
 
 
 def bench_training(options, model, tokenizer, pairs):
-    items = [{"row": {}, "prompt_ids": p, "chosen_ids": c, "rejected_ids": r, "ref_chosen_logps": -2.0 * len(c),
-              "ref_rejected_logps": -2.0 * len(r)} for _, p, c, r in pairs[:options.pairs]]
+    items = [item(*pair[1:]) for pair in pairs[:options.pairs]]
     total = sum(2 * len(i["prompt_ids"]) + len(i["chosen_ids"]) + len(i["rejected_ids"]) for i in items)
     unique = sum(len(plant([(i["prompt_ids"], i["chosen_ids"]), (i["prompt_ids"], i["rejected_ids"])]).tokens)
                  for i in items)
@@ -237,14 +242,12 @@ def bench_candidates(options, model, tokenizer, pairs):
 
 def random_pair(draw, prompt: int, answer: int):
     tokens = lambda count: [draw.randrange(100, 40000) for _ in range(count)]
-    return {"row": {}, "prompt_ids": tokens(prompt), "chosen_ids": tokens(answer), "rejected_ids": tokens(answer),
-            "ref_chosen_logps": -2.0 * answer, "ref_rejected_logps": -2.0 * answer}
+    return item(tokens(prompt), tokens(answer), tokens(answer))
 
 
 def bench_curve(options, model, tokenizer, pairs):
     """Twenty optimizer steps from the same weights on the same pairs, by TRL's forward and by ours."""
-    items = [{"row": {}, "prompt_ids": p, "chosen_ids": c, "rejected_ids": r, "ref_chosen_logps": -2.0 * len(c),
-              "ref_rejected_logps": -2.0 * len(r)} for _, p, c, r in pairs[:8]]
+    items = [item(*pair[1:]) for pair in pairs[:8]]
     trainer, theirs, ours = trainers(model, tokenizer, items, options.checkpointing)
     add_prefix_head(model, options.max_length)
     weights = [w for w in trainer.model.parameters() if w.requires_grad]
@@ -276,9 +279,9 @@ def bench_growth(options, model, tokenizer, pairs):
     trainer, theirs, ours = trainers(model, tokenizer, [random_pair(draw, 256, answer)], options.checkpointing)
     add_prefix_head(model, max(lengths) + answer)
     for prompt in lengths:
-        item = random_pair(draw, prompt, answer)
-        seen = alternate({"rlhi": lambda: gradients(trainer, ours, [[item]]),
-                          "TRL": lambda: gradients(trainer, theirs, [[item]])}, options.repeats)
+        pair = random_pair(draw, prompt, answer)
+        seen = alternate({"rlhi": lambda: gradients(trainer, ours, [[pair]]),
+                          "TRL": lambda: gradients(trainer, theirs, [[pair]])}, options.repeats)
         rows.append({"kind": "pair", "prompt": prompt, "answer": answer, "n": 2, "rlhi_s": seen["rlhi"][0],
                      "peer_s": seen["TRL"][0], "rlhi_mib": seen["rlhi"][3], "peer_mib": seen["TRL"][3],
                      "formula": 2 * (prompt + answer) / (prompt + 2 * answer)})
