@@ -14,7 +14,6 @@ import numpy as np
 
 from .filters import wilson
 from .judge import judge_data
-from .rewards import PreferenceChecker, without_persona
 from .simulate import NO_PREFERENCE, relevance, satisfies
 from .winrates import cluster_interval
 
