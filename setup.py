@@ -26,7 +26,7 @@ setup(
     url=cfg["git_url"],
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["rlhi", "rlhi.*"]),
-    package_data={"rlhi": ["prompts/*", "data/*", "tasks/*"]},
+    package_data={"rlhi": ["prompts/*", "data/*", "data/followup_adapter/*", "tasks/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=EXTRAS,

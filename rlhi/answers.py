@@ -6,7 +6,7 @@
 __all__ = ['FORM_LIMIT', 'NUMBER', 'GSM_CASCADE', 'ANSWER_IS', 'BRACES', 'JOINT', 'GAP', 'FINAL', 'FORMULA', 'PROSE', 'TAIL',
            'FIRST', 'SECOND', 'THIRD', 'TASKS', 'ANSWER_FIELDS', 'GOLD_FIELDS', 'Found', 'extract_gsm8k', 'equal_gsm8k',
            'boxes', 'last_box', 'extract_math', 'extract_letter', 'guess_letters', 'grade', 'gold_answer', 'read_rows',
-           'field', 'pick_field', 'grade_file', 'truth', 'wilson', 'figures']
+           'field', 'pick_field', 'grade_file', 'truth', 'figures']
 
 # %% ../nbs/11_answers.ipynb #b6cd62d4
 import json
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .equality import Verdict, equal_math, matching, normalise, read_number, same_number, split_unit
+from .filters import wilson
 
 # %% ../nbs/11_answers.ipynb #f2f35374
 FORM_LIMIT = 200  # characters of an answer that stands alone
@@ -311,16 +312,6 @@ def truth(value) -> bool:
     return bool(value)
 
 # %% ../nbs/11_answers.ipynb #0c959264
-def wilson(
-    right: int,  # successes
-    n: int,  # trials
-    z: float = 1.959964,  # 95 %
-) -> tuple[float, float]:  # lower and upper end
-    "Wilson's interval for a share."
-    centre, half = (right + z * z / 2) / (n + z * z), z * (right * (n - right) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def figures(graded: list[dict], task: str) -> dict:
     "What is counted over graded rows."
     n, right = len(graded), sum(row["correct"] for row in graded)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_row', 'reject', 'iter_conversations', 'read_conversations', 'summary', 'listing', 'user_histories',
            'split_users', 'detect_language', 'fingerprint', 'user_turns', 'select', 'convert_log', 'progress_of',
-           'query_users', 'read_users', 'show_conversation']
+           'query_users', 'read_users', 'sample_users', 'show_conversation']
 
 # %% ../nbs/00_conversations.ipynb #ac3478d6
 import hashlib
@@ -297,6 +297,32 @@ def read_users(
     for shard in parquet_shards(folder):
         rows += pq.read_table(shard, filters=pc.field("user_id").isin(users)).cast(SCHEMAS["conversations"]).to_pylist()
     return rows
+
+# %% ../nbs/00_conversations.ipynb #6e2d0002
+def sample_users(
+    source: str | Path,  # as for read_conversations
+    folder: str | Path,  # where convert_log puts, or has put, the tables
+    users: int,  # how many to draw
+    seed: int = 0,  # another seed, other users
+    languages: Iterable[str] | None = None,  # ISO codes or English names; None: all
+    min_conversations: int = 1,  # conversations of a user, at least
+    max_conversations: int | None = None,  # users with more are left out: scripts and shared addresses
+    mask: bool = True,  # mask personal data
+    revision: str | None = None,  # commit of a Hub dataset
+) -> tuple[list[dict], list[dict], list[dict]]:  # conversations, rejected rows, funnel of `select`
+    "All conversations of users drawn from a log of any size, without toxic ones and duplicates."
+    if not Path(folder).exists():
+        convert_log(source, folder, mask=mask, revision=revision)
+    known = json.loads((Path(folder) / "_counts.json").read_text(encoding="utf-8"))["source"]
+    if known != str(source):
+        raise ValueError(f"{folder} was made from {known}, not from {source}: remove it or name another folder")
+    codes = None if languages is None else [language_code(language) for language in languages]
+    found = [user["user_id"] for user in query_users(folder, codes, min_conversations, max_conversations)]
+    order = sorted(found, key=lambda user: hashlib.sha256(f"{seed}:{user}".encode()).digest())
+    say(f"{source}: {min(users, len(found)):,} of {len(found):,} users with {min_conversations} conversations or more"
+        + (f"; {users:,} were asked for" if users > len(found) else ""))
+    rows, funnel = select(read_users(folder, order[:users]), languages)
+    return rows, read_table(Path(folder) / "rejected.parquet"), funnel
 
 # %% ../nbs/00_conversations.ipynb #a1422e6a
 def show_conversation(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .followups import embed
+from .encoder import embed
 from .simulate import DIMENSIONS
 
 # %% ../nbs/05_feedback.ipynb #902ba3cd

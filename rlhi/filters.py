@@ -287,14 +287,14 @@ def simulated_truth(
 def wilson(
     hits: int,  # successes
     n: int,  # trials
-    z: float = 1.96,  # 95 %
-) -> tuple[float, float]:  # interval of the share
-    """Wilson interval of a share; (0, 1) where there is nothing to go by."""
+    z: float = 1.959964,  # 95 %
+) -> tuple[float, float]:  # interval of the share, in [0, 1]
+    """Interval of a share (Wilson 1927); (0, 1) where there is nothing to go by."""
     if not n:
         return 0.0, 1.0
     share, spread = hits / n, z * z / n
     middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 # %% ../nbs/07_filters.ipynb #e62d7f1e
 def pair_accuracy(

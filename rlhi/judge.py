@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ASPECTS', 'VERDICTS', 'NOBODY', 'FAKE_VERDICT', 'TEMPLATES', 'BRACKETED', 'PLAIN', 'satisfaction_judgments', 'shield',
            'question', 'parse_verdict', 'Record', 'served_by', 'ask_judge', 'Budget', 'plan_questions', 'judgment_row',
-           'run_questions', 'judge_pairs', 'user_eval', 'grade_answers', 'judge_data', 'injection_tasks', 'wilson',
+           'run_questions', 'judge_pairs', 'user_eval', 'grade_answers', 'judge_data', 'injection_tasks',
            'injection_report']
 
 # %% ../nbs/09_judge.ipynb #ac3478d6
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .filters import wilson
 from .generate import Prompt, Sampling, read_prompt, request_key
 from .rewards import fenced
 from .simulate import aspects
@@ -451,18 +452,6 @@ def injection_tasks(
     ]
 
 # %% ../nbs/09_judge.ipynb #e114c448
-def wilson(
-    hits: int,
-    n: int,
-) -> tuple[float, float]:  # low, high, in [0, 1]
-    "95 % interval of a share (Wilson 1927); (0, 1) for nothing out of nothing."
-    if not n:
-        return 0.0, 1.0
-    z, share = 1.959964, hits / n
-    middle, half = share + z * z / (2 * n), z * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-
 def injection_report(
     judgments: list[dict],  # of injection_tasks
 ) -> list[dict]:  # rows {kind, turned, n, share, low, high, unreadable}, the last for all kinds

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhi.costs import ASSUMPTIONS, assumptions, cost_table, sensitivity, speeds, stages
+from rlhi.costs import (ASSUMPTIONS, assumptions, cost_table, count_weights, measure_training, reached, sensitivity,
+                        speeds, stages)
 from rlhi.reproduce import read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,3 +70,28 @@ def test_every_assumption_has_a_source_and_most_of_them_matter():
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows) and rows[0]["high"] - rows[0]["low"] >= rows[-1]["high"] - rows[-1]["low"]
     with pytest.raises(ValueError, match="unknown assumptions"):
         assumptions(speed=1)
+
+
+def test_measured_shares_are_the_inverse_of_the_roofline():
+    a = assumptions(kv_bytes_per_token=0.0)
+    speed = speeds(a)
+    shares = reached({**speed, "train_share": 0.2}, a["parameters"], a["decode_batch"], a["peak_flops"], a["bandwidth"],
+                     a["bytes_per_weight"])
+    assert shares["prefill_efficiency"] == pytest.approx(a["prefill_efficiency"])
+    assert shares["decode_efficiency"] == pytest.approx(a["decode_efficiency"])
+    again = speeds(a | shares)
+    assert (again["prefill"], again["decode"]) == pytest.approx((speed["prefill"], speed["decode"]))
+    assert again["train"] == pytest.approx(0.2 * a["peak_flops"] / (8 * a["parameters"]))
+
+
+def test_weights_counted_without_loading_are_those_of_the_loaded_model():
+    from rlhi.generate import resolve_model
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("tiny"))
+    layers = sum(w.numel() for w in model.model.layers.parameters())
+    assert count_weights("tiny") == layers + model.config.vocab_size * model.config.hidden_size
+
+
+def test_training_is_measured_by_training():
+    seen = measure_training("tiny", pairs=4, words=24)
+    assert seen["train"] > 0 and 0 < seen["train_share"] < 1

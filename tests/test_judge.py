@@ -283,11 +283,6 @@ def test_injection_report_counts_only_what_was_turned():
     assert report["override"]["turned"] == 0 and report["override"]["low"] == 0
 
 
-def test_wilson_interval():
-    assert judge.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert judge.wilson(0, 0) == (0, 1)
-
-
 # --- agreement with humans
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhi.batches import (PackedCollator, TrainConfig, plan, reference_key, reference_pass, sequences_of,
-                          split_held_out, tokenise)
+from rlhi.batches import (ConversationOrder, PackedCollator, TrainConfig, plan, reference_key, reference_pass,
+                          sequences_of, split_held_out, tokenise)
 from rlhi.generate import resolve_model
 from rlhi.train import _arguments, _dataset, dpo_loss, launch, learning_curve, train, trainer_class
 
@@ -102,6 +102,50 @@ def test_loss_metrics_and_every_gradient_equal_trl(tokenizer, sharing, loss_type
     assert packed[2] == pytest.approx(plain[2], rel=1e-4, abs=1e-4)
     for name, gradient in plain[1].items():
         assert (packed[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def follow_up_pairs(conversations, turns):
+    """Pairs of whole conversations: the rejected answer of a turn is part of the next prompt."""
+    rows = []
+    for n in range(conversations):
+        prompt = [message("system", 1, n), message("user", n, 4)]
+        for turn in range(turns):
+            rejected = [message("assistant", n, turn, 6)]
+            rows.append({"pair_id": f"{n} {turn}", "user_id": f"u{n}", "conversation_id": f"c{n}", "kept": True,
+                         "prompt": prompt, "chosen": [message("assistant", n, 2, turn)], "rejected": rejected})
+            prompt = [*prompt, *rejected, message("user", turn, 8)]
+    return rows[::2] + rows[1::2]  # turns of a conversation lie apart
+
+
+def test_conversations_stay_together_in_an_order_that_changes_by_epoch(tokenizer):
+    items, _ = tokenise(follow_up_pairs(5, 3), tokenizer, TrainConfig())
+    order, again = ConversationOrder(items, seed=4), ConversationOrder(items, seed=4)
+    first = list(order)
+    assert sorted(first) == list(range(15)) and first == list(again) == list(order)
+    names = [items[place]["row"]["conversation_id"] for place in first]
+    assert [len(set(names[start:start + 3])) for start in range(0, 15, 3)] == [1] * 5
+    order.set_epoch(1)
+    assert list(order) != first and sorted(order) == sorted(first)
+    lonely = [{"row": {"pair_id": "a"}}, {"row": {"pair_id": "b"}}]
+    assert sorted(ConversationOrder(lonely, 0)) == [0, 1]
+
+
+def test_training_by_conversation_computes_fewer_tokens_and_the_batches_it_says(tmp_path, tokenizer, monkeypatch):
+    rows, seen = follow_up_pairs(4, 3), []
+    call = PackedCollator.__call__
+    monkeypatch.setattr(PackedCollator, "__call__", lambda self, items: (
+        seen.append([tuple(item["prompt_ids"]) for item in items]), call(self, items))[1])
+    result = train(rows, "tiny", tmp_path / "together", sharing="conversation", batch_size=3, epochs=2, checkpoints=0)
+    items, _ = tokenise(rows, tokenizer, TrainConfig())
+    name = {tuple(item["prompt_ids"]): item["row"]["conversation_id"] for item in items}
+    assert len(seen) == 8 and all(len({name[prompt] for prompt in batch}) == 1 for batch in seen)
+    assert [name[batch[0]] for batch in seen[:4]] != [name[batch[0]] for batch in seen[4:]]
+    pair, together = plan(items, "pair"), plan(items, "conversation")
+    assert result.summary["unique_tokens"] == together["unique_tokens"] < pair["unique_tokens"] < pair["tokens"]
+    longest = [max(len(i["prompt_ids"]) + len(i["rejected_ids"]) for i in items if i["row"]["conversation_id"] == c)
+               for c in ("c0", "c1", "c2", "c3")]
+    assert together["unique_tokens"] >= sum(longest)
+    assert 0 < result.summary["utilisation"] < 1
 
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(tmp_path, tokenizer):

@@ -13,7 +13,8 @@ import sympy
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_answers import lines, perturb  # noqa: E402
 
-from rlhi.answers import gold_answer, grade, grade_file, wilson  # noqa: E402
+from rlhi.answers import gold_answer, grade, grade_file  # noqa: E402
+from rlhi.filters import wilson  # noqa: E402
 from rlhi.equality import bracket_parts, compact, list_parts, normalise, read_latex, same_shape, same_words, split_unit  # noqa: E402
 
 logging.disable(logging.CRITICAL)

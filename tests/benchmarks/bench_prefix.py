@@ -5,6 +5,8 @@
 
 Lengths come from ../shared/data/wildchat where it is present (logged WildChat conversations: history and request as
 prompt, the answer as rejected, the answer after it as chosen), else from log-normals with the medians written below.
+Whole conversations are drawn, and before each prompt stands a persona of `--persona` tokens, the same for all pairs of
+a conversation, since a prompt of this method holds one. `--persona 0` leaves it out.
 All settings work on the same pairs in one process, warmed up and alternated; a figure is a median, with its range.
 The peer is TRL's own DPOTrainer with precomputed references on both sides, equal weights, adapter, dtype and
 checkpointing. Time is collation, forward and backward; the optimizer step is the same for all.
@@ -20,8 +22,9 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from rlhi.batches import PackedCollator, TrainConfig
+from rlhi.batches import PackedCollator, TrainConfig, sequences_of
 from rlhi.generate import resolve_model
 from rlhi.prefix import add_prefix_head, sequence_logprobs, sequence_scores
 from rlhi.train import _adapter, _arguments, _dataset, trainer_class
@@ -30,30 +33,48 @@ from rlhi.tries import plant
 WILDCHAT = Path(__file__).resolve().parents[3] / "shared" / "data" / "wildchat" / "conversations.jsonl"
 SIMULATED = {"prompt": (380, 1.1), "answer": (230, 0.8)}  # log-normal: median tokens, sigma
 
+TASTES = ("Keep answers short.", "Give the reason before the result.", "The user writes code in Python and knows it well.",
+          "Prefers bullet points to prose.", "Dislikes headings in short answers.", "Asks for sources and dates.",
+          "Wants numbers with their units.", "Likes a worked example.", "Writes fiction and cares about its tone.",
+          "Corrects answers that assume an American reader.", "Does not want an apology.", "Reads on a small screen.",
+          "Prefers plain words to terms of the trade.", "Wants to be asked when a request is unclear.",
+          "Often continues the same task over many turns.", "Likes tables for comparisons.")
 
-def wildchat_pairs(tokenizer, longest: int, seed: int):
-    """(conversation, prompt ids, chosen ids, rejected ids) of real follow-ups that fit, in a random order."""
-    found = []
+
+def persona_text(draw, count: int, tokenizer) -> list[int]:
+    """A persona of so many tokens: sentences about a user in a drawn order."""
+    ids = []
+    while len(ids) < count:
+        ids += tokenizer(" ".join(draw.sample(TASTES, len(TASTES))), add_special_tokens=False)["input_ids"]
+    return ids[:count]
+
+
+def wildchat_pairs(tokenizer, longest: int, seed: int, persona: int = 0):
+    """(conversation, prompt ids, chosen ids, rejected ids) of real follow-ups that fit; whole conversations in random
+    order, so that any first few are a sample."""
+    found, draw = {}, random.Random(seed)
     for number, line in enumerate(WILDCHAT.open()):
         messages = json.loads(line)["messages"][:8]
         texts = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
         ids = [tokenizer(text[:6000], add_special_tokens=False)["input_ids"] for text in texts]
+        who = persona_text(draw, persona, tokenizer)
         for turn in range(1, len(ids) - 2, 2):
-            prompt, rejected, chosen = sum(ids[:turn], []), ids[turn], ids[turn + 2]
+            prompt, rejected, chosen = sum(ids[:turn], who), ids[turn], ids[turn + 2]
             if messages[turn]["role"] == "assistant" and len(prompt) + max(len(rejected), len(chosen)) <= longest:
-                found.append((number, prompt, chosen, rejected))
-        if len(found) > 2000:
+                found.setdefault(number, []).append((number, prompt, chosen, rejected))
+        if number > 600:
             break
-    random.Random(seed).shuffle(found)
-    return found
+    groups = list(found.values())
+    draw.shuffle(groups)
+    return [pair for group in groups for pair in group]
 
 
-def simulated_pairs(vocabulary: int, longest: int, seed: int):
+def simulated_pairs(vocabulary: int, longest: int, seed: int, persona: int = 0):
     draw = random.Random(seed)
     length = lambda kind: max(4, round(SIMULATED[kind][0] * 2.718 ** draw.gauss(0, SIMULATED[kind][1])))
     tokens = lambda count: [draw.randrange(100, vocabulary) for _ in range(count)]
     while True:
-        sizes = length("prompt"), length("answer"), length("answer")
+        sizes = persona + length("prompt"), length("answer"), length("answer")
         if sizes[0] + max(sizes[1:]) <= longest:
             yield 0, *(tokens(size) for size in sizes)
 
@@ -102,11 +123,11 @@ def clock(action):
 def alternate(settings: dict, repeats: int, warm: int = 1):
     """Run every setting in turn, again and again; {name: (median s, fastest, slowest, peak MiB)}."""
     seen = {name: [] for name in settings}
-    for turn in range(repeats + warm):
-        for name, action in settings.items():
-            result = clock(action)
-            if turn >= warm:
-                seen[name].append(result)
+    rounds = [(turn, name) for turn in range(repeats + warm) for name in settings]
+    for turn, name in tqdm(rounds, desc="alternating", unit="run"):
+        result = clock(settings[name])
+        if turn >= warm:
+            seen[name].append(result)
     return {name: (statistics.median(t for t, _ in runs), min(t for t, _ in runs), max(t for t, _ in runs),
                    max(m for _, m in runs)) for name, runs in seen.items()}
 
@@ -163,28 +184,56 @@ def show(title, rows, unit_count, unit):
               f"{median / ours[0]:.2f}x as fast |")
 
 
-def bench_training(options, model, tokenizer, pairs):
-    items = [item(*pair[1:]) for pair in pairs[:options.pairs]]
-    total = sum(2 * len(i["prompt_ids"]) + len(i["chosen_ids"]) + len(i["rejected_ids"]) for i in items)
-    unique = sum(len(plant([(i["prompt_ids"], i["chosen_ids"]), (i["prompt_ids"], i["rejected_ids"])]).tokens)
-                 for i in items)
+def bounds(items: list[dict]) -> tuple[int, dict[str, float]]:
+    """Tokens with every prompt written out and no padding, and how many of them each setting saves or adds."""
+    total = sum(len(prompt) + len(answer) for i in items for prompt, answer in sequences_of(i))
+    pair = sum(len(plant(sequences_of(i)).tokens) for i in items)
+    together = sum(len(plant([s for i in items[start:start + 4] for s in sequences_of(i)]).tokens)
+                   for start in range(0, len(items), 4))
     rows = [max(len(i["chosen_ids"]), len(i["rejected_ids"])) + len(i["prompt_ids"]) for i in items]
     padded = sum(2 * len(rows[s:s + 4]) * max(rows[s:s + 4]) for s in range(0, len(rows), 4))
-    lengths = sorted(len(item["prompt_ids"]) for item in items)
-    print(f"{len(items)} pairs, prompts of {lengths} tokens; tokens {total}, unique {unique}, "
-          f"padded at batch 4 {padded}: bounds {total / unique:.2f}x and {padded / unique:.2f}x")
-    trainer, theirs, ours = trainers(model, tokenizer, items, options.checkpointing)
-    add_prefix_head(model, options.max_length)
-    split = lambda size: [items[start:start + size] for start in range(0, len(items), size)]
-    left, right = gradients(trainer, theirs, split(1)), gradients(trainer, ours, split(4))
-    gap = max(((right[1][n] - g).norm() / g.norm()).item() for n, g in left[1].items())
+    return total, {"pair": pair, "conversation": together, "padded at batch 4": padded}
+
+
+def gradient_gap(left, right) -> float:
+    """Largest relative difference of a weight's gradient."""
+    return max(((right[1][name] - grad).norm() / grad.norm()).item() for name, grad in left[1].items())
+
+
+def compare(left, right, dtype, noise: float) -> None:
+    """Losses and gradients of two ways, printed, and asserted to be equal up to rounding.
+
+    `noise` is how far TRL is from itself at another batch size: no two orders of summing are closer than that.
+    """
+    gap, tolerance = gradient_gap(left, right), 1e-5 if dtype == torch.float32 else 2e-2
     print(f"loss {left[0]:.7f} and {right[0]:.7f}, relative difference {abs(left[0] - right[0]) / abs(left[0]):.1e}; "
           f"largest relative difference of {len(left[1])} gradients {gap:.1e}")
-    tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
     assert abs(left[0] - right[0]) <= max(tolerance * abs(left[0]), 1e-3 if tolerance > 1e-4 else 0), "losses differ"
-    assert gap <= tolerance * options.gradient_slack, "gradients differ"
-    settings = {"rlhi, batch 4": lambda: gradients(trainer, ours, split(4))}
-    for size in (1, 2, 4):
+    assert gap <= max(tolerance, 2 * noise), "gradients differ"
+
+
+def bench_training(options, model, tokenizer, pairs):
+    items = [item(*pair[1:]) for pair in pairs[:options.pairs]]
+    total, tokens = bounds(items)
+    print(f"{len(items)} pairs of {len({pair[0] for pair in pairs[:options.pairs]})} conversations, prompts of "
+          f"{sorted(len(i['prompt_ids']) for i in items)} tokens; {total} tokens in all; "
+          + ", ".join(f"{name} {count}" for name, count in tokens.items()))
+    for name in ("pair", "conversation"):
+        print(f"token bounds when prompts are shared by {name}: {total / tokens[name]:.2f}x over one pair at a time, "
+              f"{tokens['padded at batch 4'] / tokens[name]:.2f}x over batch 4")
+    trainer, theirs, _ = trainers(model, tokenizer, items, options.checkpointing)
+    ours = {name: PackedCollator(name) for name in ("conversation", "pair")}
+    add_prefix_head(model, options.max_length)
+    split = lambda size: [items[start:start + size] for start in range(0, len(items), size)]
+    reference = gradients(trainer, theirs, split(1))
+    noise = gradient_gap(reference, gradients(trainer, theirs, split(2)))
+    print(f"TRL at batch 1 against itself at batch 2: largest relative difference of a gradient {noise:.1e}")
+    for name, collator in ours.items():
+        print(f"TRL at batch 1 against rlhi, prompts shared by {name}: ", end="")
+        compare(reference, gradients(trainer, collator, split(4)), model.dtype, noise)
+    settings = {f"rlhi, shared by {name}, batch 4": lambda collator=collator: gradients(trainer, collator, split(4))
+                for name, collator in ours.items()}
+    for size in options.peer_batches:
         settings[f"TRL, batch {size}"] = lambda size=size: gradients(trainer, theirs, split(size))
     show("DPO, forward and backward", alternate(settings, options.repeats, warm=0), len(items), "pairs")
 
@@ -314,13 +363,14 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=["smollm2", "llama-8b"], default="smollm2", help="model")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in each measured pass")
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt and answer, in tokens")
+    parser.add_argument("--persona", type=int, default=120, help="tokens of the persona before every prompt")
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 2, 4], help="batch sizes of TRL")
     parser.add_argument("--prompt", type=int, default=300, help="prompt tokens of the candidates' part")
     parser.add_argument("--conversations", type=int, default=2, help="conversations of the reference part")
     parser.add_argument("--repeats", type=int, default=5, help="measured runs of every setting")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
     parser.add_argument("--parts", nargs="+", default=["training", "reference", "candidates"],
                         help="and curve, growth")
-    parser.add_argument("--gradient-slack", type=float, default=1.0, help="times the tolerance for gradients")
     parser.add_argument("--longest-prompt", type=int, default=4096, help="of the growth part")
     parser.add_argument("--save", help="JSON file for the rows of the growth part")
     options = parser.parse_args()
@@ -329,7 +379,8 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, {model.dtype}, {options.shape}")
     real = WILDCHAT.exists() and options.shape == "smollm2"
-    source = wildchat_pairs(tokenizer, options.max_length, 0) if real else simulated_pairs(40000, options.max_length, 0)
+    source = (wildchat_pairs(tokenizer, options.max_length, 0, options.persona) if real
+              else simulated_pairs(40000, options.max_length, 0, options.persona))
     pairs = list(source) if real else [next(source) for _ in range(options.pairs)]
     print("lengths of WildChat conversations" if real else f"simulated lengths {SIMULATED}")
     add_fused_lm_head(model)
