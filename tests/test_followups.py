@@ -16,7 +16,7 @@ from rlhi.followups import (PRIOR, bootstrap_scores, class_shares, classify_foll
 
 # Expected on the 191 agreed labels, with room for another CPU's rounding: a fall below is a change to look at.
 EXPECTED = {"macro_f1": 0.58, "reattempt_with_feedback": 0.60}
-ANOTHER_LOG = 0.5  # F1 of re-attempts with feedback on ShareGPT
+ANOTHER_LOG = 0.45  # F1 of re-attempts with feedback on ShareGPT; measured 0.56 and 0.59
 SHAREGPT = Path(__file__).parent / "data" / "followups_sharegpt.jsonl"  # our labels by id; the texts are not copied
 
 

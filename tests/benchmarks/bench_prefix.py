@@ -27,7 +27,8 @@ from tqdm import tqdm
 from rlhi.batches import PackedCollator, TrainConfig, sequences_of
 from rlhi.generate import resolve_model
 from rlhi.prefix import add_prefix_head, sequence_logprobs, sequence_scores
-from rlhi.train import _adapter, _arguments, _dataset, trainer_class
+from rlhi.train import (_adapter, _arguments, _dataset, matmul_speed, scored_tokens, trainer_class,
+                        training_flops)
 from rlhi.tries import plant
 
 WILDCHAT = Path(__file__).resolve().parents[3] / "shared" / "data" / "wildchat" / "conversations.jsonl"
@@ -175,13 +176,15 @@ def gradients(trainer, collator, items):
     return total, {n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def show(title, rows, unit_count, unit):
-    print(f"\n{title}\n| setting | {unit}/s | median s (fastest to slowest) | peak MiB over weights | rlhi is |")
-    print("|---|---|---|---|---|")
+def show(title, rows, unit_count, unit, work: float = 0.0, ceiling: float = 1.0):
+    """A table; with `work`, operations that no setting can do without, also how much of the ceiling they make up."""
+    print(f"\n{title}\n| setting | {unit}/s | median s (fastest to slowest) | peak MiB over weights | rlhi is |"
+          + " useful work, of the ceiling |" * bool(work))
+    print("|---|---|---|---|---|" + "---|" * bool(work))
     ours = next(row for name, row in rows.items() if name.startswith("rlhi"))
     for name, (median, low, high, peak) in rows.items():
         print(f"| {name} | {unit_count / median:.3f} | {median:.2f} ({low:.2f} to {high:.2f}) | {peak:.0f} | "
-              f"{median / ours[0]:.2f}x as fast |")
+              f"{median / ours[0]:.2f}x as fast |" + f" {work / median / ceiling:.0%} |" * bool(work))
 
 
 def bounds(items: list[dict]) -> tuple[int, dict[str, float]]:
@@ -221,6 +224,7 @@ def bench_training(options, model, tokenizer, pairs):
     for name in ("pair", "conversation"):
         print(f"token bounds when prompts are shared by {name}: {total / tokens[name]:.2f}x over one pair at a time, "
               f"{tokens['padded at batch 4'] / tokens[name]:.2f}x over batch 4")
+    work = training_flops(model, {"unique_tokens": tokens["conversation"]}, scored_tokens(items))[1]
     trainer, theirs, _ = trainers(model, tokenizer, items, options.checkpointing)
     ours = {name: PackedCollator(name) for name in ("conversation", "pair")}
     add_prefix_head(model, options.max_length)
@@ -235,7 +239,9 @@ def bench_training(options, model, tokenizer, pairs):
                 for name, collator in ours.items()}
     for size in options.peer_batches:
         settings[f"TRL, batch {size}"] = lambda size=size: gradients(trainer, theirs, split(size))
-    show("DPO, forward and backward", alternate(settings, options.repeats, warm=0), len(items), "pairs")
+    ceiling = matmul_speed(model.device.type, model.dtype)
+    print(f"measured ceiling of this device {ceiling / 1e12:.2f} TFLOP/s; useful work counts each distinct token once")
+    show("DPO, forward and backward", alternate(settings, options.repeats, warm=0), len(items), "pairs", work, ceiling)
 
 
 def bench_reference(options, model, tokenizer, pairs):
@@ -330,14 +336,15 @@ def bench_growth(options, model, tokenizer, pairs):
     for prompt in lengths:
         pair = random_pair(draw, prompt, answer)
         seen = alternate({"rlhi": lambda: gradients(trainer, ours, [[pair]]),
-                          "TRL": lambda: gradients(trainer, theirs, [[pair]])}, options.repeats)
+                          "TRL": lambda: gradients(trainer, theirs, [[pair]])}, options.repeats, options.warm)
         rows.append({"kind": "pair", "prompt": prompt, "answer": answer, "n": 2, "rlhi_s": seen["rlhi"][0],
                      "peer_s": seen["TRL"][0], "rlhi_mib": seen["rlhi"][3], "peer_mib": seen["TRL"][3],
                      "formula": 2 * (prompt + answer) / (prompt + 2 * answer)})
     for n in (2, 4, 8, 16, 32, 64):
         prompt, answers = random_pair(draw, 300, 1)["prompt_ids"], [random_pair(draw, 1, 100)["chosen_ids"] for _ in range(n)]
         alone = lambda: [sequence_logprobs(trainer.model, [prompt], [a]) for a in answers]
-        seen = alternate({"rlhi": lambda: sequence_logprobs(trainer.model, [prompt] * n, answers), "alone": alone}, options.repeats)
+        seen = alternate({"rlhi": lambda: sequence_logprobs(trainer.model, [prompt] * n, answers), "alone": alone},
+                         options.repeats, options.warm)
         rows.append({"kind": "candidates", "prompt": 300, "answer": 100, "n": n, "rlhi_s": seen["rlhi"][0],
                      "peer_s": seen["alone"][0], "rlhi_mib": seen["rlhi"][3], "peer_mib": seen["alone"][3],
                      "formula": n * 400 / (300 + n * 100)})
@@ -368,6 +375,7 @@ if __name__ == "__main__":
     parser.add_argument("--prompt", type=int, default=300, help="prompt tokens of the candidates' part")
     parser.add_argument("--conversations", type=int, default=2, help="conversations of the reference part")
     parser.add_argument("--repeats", type=int, default=5, help="measured runs of every setting")
+    parser.add_argument("--warm", type=int, default=1, help="unmeasured runs first, in the growth part")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
     parser.add_argument("--parts", nargs="+", default=["training", "reference", "candidates"],
                         help="and curve, growth")
