@@ -322,7 +322,7 @@ def sample_users(
     say(f"{source}: {min(users, len(found)):,} of {len(found):,} users with {min_conversations} conversations or more"
         + (f"; {users:,} were asked for" if users > len(found) else ""))
     rows, funnel = select(read_users(folder, order[:users]), languages)
-    return rows, read_table(Path(folder) / "rejected.parquet"), funnel
+    return rows, read_table("rejected", Path(folder) / "rejected.parquet"), funnel
 
 # %% ../nbs/00_conversations.ipynb #a1422e6a
 def show_conversation(

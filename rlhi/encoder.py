@@ -195,7 +195,7 @@ def train_cross_encoder(
                 torch.nn.utils.clip_grad_norm_(added, 1.0)
                 optimizer.step()
                 schedule.step()
-                total += float(loss) * len(part)
+                total += float(loss.detach()) * len(part)
                 bar.update()
             losses.append(total / len(rows))
     for weight in added:

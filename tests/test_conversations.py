@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhi import records
-from rlhi.conversations import (convert_log, iter_conversations, query_users, read_conversations, read_users, select,
+from rlhi.conversations import (convert_log, iter_conversations, query_users, read_conversations, read_users, sample_users, select,
                                 show_conversation, split_users, user_histories)
 from rlhi.formats import language_code
 from rlhi.masking import mask_personal_data, masks
@@ -598,6 +598,23 @@ def test_a_log_becomes_shards_that_duckdb_can_ask(tmp_path):
     assert rows == [r for r in read_conversations(tmp_path / "tables")[0] if r["user_id"] == "u3"]
     with pytest.raises(FileExistsError, match="already there"):
         convert_log(path, tmp_path / "tables")
+
+
+def test_users_are_drawn_from_a_large_log_and_more_of_them_keep_the_first(tmp_path):
+    logs = [{"id": f"{user}-{n}", "user": f"u{user}", "messages": [{"role": "user", "content": f"question {user} {n}"},
+                                                                    {"role": "assistant", "content": "answer"}]}
+            for user in range(9) for n in range(1 + user % 3)] + [{"id": "bad", "messages": []}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    folder, source = tmp_path / "tables", tmp_path / "log.jsonl"
+    few, rejected, funnel = sample_users(source, folder, users=2, min_conversations=2)
+    more, _, _ = sample_users(source, folder, users=4, min_conversations=2)
+    drawn = {row["user_id"] for row in few}
+    assert len(drawn) == 2 and drawn < {row["user_id"] for row in more} and len(rejected) == 1
+    assert all(sum(row["user_id"] == user for row in few) in (2, 3) for user in drawn)
+    assert {row["user_id"] for row in sample_users(source, folder, 99, max_conversations=1)[0]} == {"u0", "u3", "u6"}
+    assert funnel[0]["kept"] == len(few)
+    with pytest.raises(ValueError, match="was made from"):
+        sample_users(tmp_path / "other.jsonl", folder, users=1)
 
 
 def test_reading_is_lazy(tmp_path):
