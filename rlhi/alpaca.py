@@ -17,8 +17,8 @@ import numpy as np
 
 from .agreement import agreement, pair_row
 from .arena import arena_battles, arena_scores, read_arena_questions
-from .generate import Sampling
 from .filters import wilson
+from .generate import Sampling
 from .judge import injection_report, injection_tasks, judge_data, judge_pairs
 from .length_control import read_gamed
 from .tables import write_whole

@@ -104,7 +104,7 @@ def conversations_of(items: list[dict]) -> list[list[int]]:
     "Places of the tokenised rows of each conversation, in their order; a row without a conversation stands alone."
     groups = {}
     for place, item in enumerate(items):
-        name = item["row"].get("conversation_id") if "row" in item else None
+        name = item["row"].get("conversation_id")
         groups.setdefault(place if name is None else (item["row"].get("user_id"), name), []).append(place)
     return list(groups.values())
 

@@ -233,19 +233,13 @@ def memory_bandwidth(
     mib: int = 256,  # copied at once, well above any cache
 ) -> float:  # bytes per second, read and written
     """Measured ceiling of memory: the best of a few copies."""
-    import time
-
     import torch
 
-    given, best = torch.ones(mib * 2 ** 20, dtype=torch.uint8, device=device), float("inf")
+    from rlhi.train import best_seconds
+
+    given = torch.ones(mib * 2 ** 20, dtype=torch.uint8, device=device)
     taken = torch.empty_like(given)
-    for _ in range(5):
-        started = time.perf_counter()
-        taken.copy_(given)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * given.numel() / best
+    return 2 * given.numel() / best_seconds(lambda: taken.copy_(given), device)
 
 
 def count_weights(

@@ -40,6 +40,19 @@ def _read_minilm():
         logging.enable_progress_bar()
 
 # %% ../nbs/04_encoder.ipynb #8af2e9b5
+def _each_once(items: list, length, compute, batch: int, title: str) -> np.ndarray:
+    "One row of numbers per item: equal items are computed once, in batches of like length; `compute` gives a tensor."
+    import torch
+    from tqdm.auto import tqdm
+
+    unique, known = sorted(set(items), key=length), {}
+    for start in tqdm(range(0, len(unique), batch), title, unit="batch", disable=len(unique) < 8 * batch):
+        part = unique[start:start + batch]
+        with torch.inference_mode():
+            known |= zip(part, compute(part).numpy())
+    return np.stack([known[item] for item in items])
+
+
 def embed(
     texts: Iterable[str],  # any language; MiniLM knows English best
     max_tokens: int = 96,  # longer texts are cut here
@@ -47,23 +60,18 @@ def embed(
 ) -> np.ndarray:  # float32 [texts, 384], unit length
     "Sentence embeddings: mean of the token states. Equal texts are computed once; batches are sorted by length."
     import torch
-    from tqdm.auto import tqdm
 
     texts = list(texts)
     if not texts:
         return np.zeros((0, 384), np.float32)
     tokenizer, model = load_minilm()
-    unique = sorted(set(texts), key=lambda text: (len(text), text))
-    vectors = {}
-    for start in tqdm(range(0, len(unique), batch), "embedding texts", unit="batch", disable=len(unique) < 8 * batch):
-        part = unique[start:start + batch]
+
+    def means(part):
         tokens = tokenizer(part, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-        with torch.inference_mode():
-            states = model(**tokens).last_hidden_state
-        mask = tokens["attention_mask"].unsqueeze(-1)
-        means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-        vectors |= zip(part, means.numpy())
-    return np.stack([vectors[text] for text in texts])
+        states, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+    return _each_once(texts, lambda text: (len(text), text), means, batch, "embedding texts")
 
 # %% ../nbs/04_encoder.ipynb #60b699de
 PIECES = ((56, 16), (28, 12), (28, 16))  # tokens kept of message, request and reply: from the beginning, from the end
@@ -122,29 +130,57 @@ def _through(layers, states: list, ends: list[int]):
     return hidden, own
 
 
+def _embedded(model, rows: list[tuple[list[int], int]]) -> list:
+    "What enters the first layer, one tensor [tokens, width] a row."
+    import torch
+
+    return [model.embeddings(input_ids=torch.tensor([ids]))[0] for ids, _ in rows]
+
+
 def _lower(model, rows: list[tuple[list[int], int]], batch: int = 64) -> list:
     "States that leave the frozen layers, one tensor [tokens, width] a row."
     import torch
 
     found, order = [None] * len(rows), sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
     for start in range(0, len(order), batch):
-        part = order[start:start + batch]
+        part = [rows[place] for place in order[start:start + batch]]
         with torch.no_grad():
-            given = [model.embeddings(input_ids=torch.tensor([rows[place][0]]))[0] for place in part]
-            states, _ = _through(model.encoder.layer[:FROZEN], given, [rows[place][1] for place in part])
-        for place, row in zip(part, states):
+            states, _ = _through(model.encoder.layer[:FROZEN], _embedded(model, part), [end for _, end in part])
+        for place, row in zip(order[start:start + batch], states):
             found[place] = row[:len(rows[place][0])].clone()
     return found
 
 
-def _upper(model, head, states: list, ends: list[int], dropout: float = 0.0):
-    "Logits [rows, classes]."
+def _logits(head, layers, states: list, ends: list[int], dropout: float = 0.0):
+    "Logits [rows, classes] of what enters the given layers."
     import torch
 
-    hidden, own = _through(model.encoder.layer[FROZEN:], states, ends)
+    hidden, own = _through(layers, states, ends)
     mean = (hidden * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp_min(1)
     both = torch.cat([hidden[:, 0], mean], 1)
     return head(torch.nn.functional.dropout(both, dropout, dropout > 0))
+
+# %% ../nbs/04_encoder.ipynb #e4c0de01
+def _mixed_batches(lengths: list[int], batch: int, draw: np.random.Generator) -> list[list[int]]:
+    "Places of all rows in batches of like length, so that little is padded, in a drawn order."
+    order = draw.permutation(len(lengths))
+    blocks = [sorted(order[start:start + 8 * batch], key=lambda place: lengths[place])
+              for start in range(0, len(order), 8 * batch)]
+    batches = [block[start:start + batch] for block in blocks for start in range(0, len(block), batch)]
+    return [batches[number] for number in draw.permutation(len(batches))]
+
+
+def _save(adapter, head, folder: Path) -> None:
+    "A PEFT adapter and the head beside it, in half precision."
+    from safetensors.torch import save_file
+
+    for weight in adapter.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.half()
+    adapter.peft_config["default"].base_model_name_or_path = BASE
+    adapter.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    save_file({name: value.detach().half() for name, value in head.state_dict().items()}, folder / "head.safetensors")
 
 # %% ../nbs/04_encoder.ipynb #b6746fac
 def train_cross_encoder(
@@ -161,7 +197,6 @@ def train_cross_encoder(
     "Adapt the upper layers of MiniLM to a question about texts. About four minutes for 5,000 examples on two cores."
     import torch
     from peft import get_peft_model
-    from safetensors.torch import save_file
     from tqdm.auto import tqdm
 
     torch.manual_seed(seed)
@@ -180,14 +215,11 @@ def train_cross_encoder(
     given, counts, losses = torch.tensor(labels), torch.tensor(weights, dtype=torch.float32), []
     with tqdm(total=steps, desc="training the encoder", unit="step") as bar:
         for _ in range(epochs):
-            order, total = draw.permutation(len(rows)), 0.0
-            blocks = [sorted(order[start:start + 8 * batch], key=lambda place: len(states[place]))
-                      for start in range(0, len(order), 8 * batch)]  # rows of like length meet, and little is padded
-            batches = [block[start:start + batch] for block in blocks for start in range(0, len(block), batch)]
+            total = 0.0
             adapter.train()
-            for number in draw.permutation(len(batches)):
-                part = batches[number]
-                logits = _upper(model, head, [states[i] for i in part], [ends[i] for i in part], dropout=0.1)
+            for part in _mixed_batches(list(map(len, states)), batch, draw):
+                logits = _logits(head, model.encoder.layer[FROZEN:], [states[i] for i in part],
+                                 [ends[i] for i in part], dropout=0.1)
                 loss = (torch.nn.functional.cross_entropy(logits, given[part], reduction="none", label_smoothing=0.05)
                         * counts[part]).mean()
                 optimizer.zero_grad()
@@ -198,16 +230,10 @@ def train_cross_encoder(
                 total += float(loss.detach()) * len(part)
                 bar.update()
             losses.append(total / len(rows))
-    for weight in added:
-        weight.data = weight.data.half()
-    adapter.peft_config["default"].base_model_name_or_path = BASE
-    adapter.save_pretrained(folder, save_embedding_layers=False)
-    (Path(folder) / "README.md").unlink(missing_ok=True)
-    save_file({"weight": head.weight.detach().half(), "bias": head.bias.detach().half()},
-              Path(folder) / "head.safetensors")
+    _save(adapter, head, Path(folder))
     return losses
 
-
+# %% ../nbs/04_encoder.ipynb #e4c0de02
 @lru_cache(maxsize=2)
 def load_cross_encoder(
     folder: str | Path,  # of train_cross_encoder
@@ -231,16 +257,13 @@ def cross_logprobs(
     batch: int = 32,  # rows in one forward pass
 ) -> np.ndarray:  # float64 [rows, classes] log-probabilities
     "What an adapted MiniLM says of each row. Equal rows are computed once, sorted by length."
-    import torch
-    from tqdm.auto import tqdm
-
     tokenizer, model, head = load_cross_encoder(folder)
-    unique = sorted(set(texts), key=lambda part: (sum(map(len, part)), part))
-    known = {}
-    for start in tqdm(range(0, len(unique), batch), "reading messages", unit="batch", disable=len(unique) < 8 * batch):
-        part = unique[start:start + batch]
+    if not texts:
+        return np.zeros((0, head.out_features))
+
+    def logprobs(part):
         rows = [encode_texts(tokenizer, row) for row in part]
-        with torch.inference_mode():
-            logits = _upper(model, head, _lower(model, rows), [end for _, end in rows])
-        known |= zip(part, logits.double().log_softmax(1).numpy())
-    return np.stack([known[row] for row in texts]) if texts else np.zeros((0, head.out_features))
+        logits = _logits(head, model.encoder.layer, _embedded(model, rows), [end for _, end in rows])
+        return logits.double().log_softmax(1)
+
+    return _each_once(texts, lambda row: (sum(map(len, row)), row), logprobs, batch, "reading messages")

@@ -167,6 +167,7 @@ def test_wilson_interval_equals_published_values():
     # Newcombe 1998, table I, method 3 (score without continuity correction): 81/263, 15/148, 0/20, 1/29
     for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
         assert wilson(hits, n, 1.959964) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0, 0) == (0.0, 1.0)
 
 

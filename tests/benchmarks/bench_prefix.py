@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rlhi.batches import PackedCollator, TrainConfig, sequences_of
+from rlhi.batches import PackedCollator, TrainConfig, plan, sequences_of
 from rlhi.generate import resolve_model
 from rlhi.prefix import add_prefix_head, sequence_logprobs, sequence_scores
 from rlhi.train import (_adapter, _arguments, _dataset, matmul_speed, scored_tokens, trainer_class,
@@ -189,13 +189,12 @@ def show(title, rows, unit_count, unit, work: float = 0.0, ceiling: float = 1.0)
 
 def bounds(items: list[dict]) -> tuple[int, dict[str, float]]:
     """Tokens with every prompt written out and no padding, and how many of them each setting saves or adds."""
-    total = sum(len(prompt) + len(answer) for i in items for prompt, answer in sequences_of(i))
-    pair = sum(len(plant(sequences_of(i)).tokens) for i in items)
+    counted = plan(items, "pair")
     together = sum(len(plant([s for i in items[start:start + 4] for s in sequences_of(i)]).tokens)
                    for start in range(0, len(items), 4))
     rows = [max(len(i["chosen_ids"]), len(i["rejected_ids"])) + len(i["prompt_ids"]) for i in items]
     padded = sum(2 * len(rows[s:s + 4]) * max(rows[s:s + 4]) for s in range(0, len(rows), 4))
-    return total, {"pair": pair, "conversation": together, "padded at batch 4": padded}
+    return counted["tokens"], {"pair": counted["unique_tokens"], "conversation": together, "padded at batch 4": padded}
 
 
 def gradient_gap(left, right) -> float:
