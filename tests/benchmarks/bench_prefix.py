@@ -111,14 +111,16 @@ class Peak:
 
 
 def clock(action):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Seconds and peak MiB of one run. Giving back the memory of the run before is not part of its time."""
     with Peak() as peak:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
         action()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    return time.perf_counter() - start, peak.mib
+        seconds = time.perf_counter() - start
+    return seconds, peak.mib
 
 
 def alternate(settings: dict, repeats: int, warm: int = 1):
@@ -162,6 +164,9 @@ def trainers(model, tokenizer, items, checkpointing):
     for name, weight in trainer.model.named_parameters():  # a fresh adapter is zero and would hide half the gradients
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator(weight.device).manual_seed(0))
+    if checkpointing:  # which the Trainer switches on only when it trains
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.train()
     return trainer, trainer.data_collator, PackedCollator("pair")
 
 
@@ -351,16 +356,17 @@ def bench_growth(options, model, tokenizer, pairs):
     for row in rows:
         print(f"| {row['kind']} | {row['prompt']} | {row['n']} | {row['rlhi_s']:.2f} | {row['peer_s']:.2f} | "
               f"{row['peer_s'] / row['rlhi_s']:.2f}x | {row['formula']:.2f}x | {row['rlhi_mib']:.0f} | {row['peer_mib']:.0f} |")
-    two = [row for row in rows if row["kind"] == "pair"][-2:]
+    two = [row for row in rows if row["kind"] == "pair"]
     weights = sum(w.numel() * w.element_size() for w in model.parameters()) / 2 ** 20
     for side in ("rlhi", "peer"):
-        slope = (two[1][f"{side}_mib"] - two[0][f"{side}_mib"]) / (two[1]["prompt"] - two[0]["prompt"])
-        room = 8192 - weights - two[1][f"{side}_mib"]
-        print(f"longest prompt in 8 GiB with these answers, by the line through the two longest: {side} "
-              f"{two[1]['prompt'] + room / slope:,.0f} tokens ({slope:.2f} MiB a token)")
+        used = [row[f"{side}_mib"] + weights for row in two]
+        lower = max(sum(mib < 8192 for mib in used[:-1]) - 1, 0)  # the two sizes around 8 GiB, else the two longest
+        slope = (used[lower + 1] - used[lower]) / (two[lower + 1]["prompt"] - two[lower]["prompt"])
+        print(f"longest prompt in 8 GiB with these answers, by the line from {two[lower]['prompt']} to "
+              f"{two[lower + 1]['prompt']}: {side} {two[lower]['prompt'] + (8192 - used[lower]) / slope:,.0f} tokens")
     if options.save:
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(model.dtype), "shape": options.shape,
-                 "repeats": options.repeats, "date": time.strftime("%Y-%m-%d")}
+                 "checkpointing": options.checkpointing, "repeats": options.repeats, "date": time.strftime("%Y-%m-%d")}
         Path(options.save).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
