@@ -17,6 +17,7 @@ import gc
 import json
 import random
 import statistics
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -157,7 +158,7 @@ def item(prompt: list[int], chosen: list[int], rejected: list[int]) -> dict:
 def trainers(model, tokenizer, items, checkpointing):
     """The same wrapped model under TRL's collator and forward, and under ours."""
     plain = TrainConfig(sharing="none", gradient_checkpointing=checkpointing)
-    arguments = _arguments(plain, Path("unused"), 1, 1, False)
+    arguments = _arguments(plain, Path(tempfile.gettempdir()) / "rlhi-bench", 1, 1, False)  # nothing is written there
     arguments.precompute_ref_log_probs = True
     trainer = trainer_class("dpo")(model=model, args=arguments, train_dataset=_dataset(items, 0, plain),
                                    processing_class=tokenizer, peft_config=_adapter(plain, model))
