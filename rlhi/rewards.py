@@ -172,6 +172,18 @@ def score_sequences(
         return sequence_scores(model, [ids[:-1] for ids in sequences], [ids[-1:] for ids in sequences], token_budget,
                                bar.update)
 
+# %% ../nbs/06_rewards.ipynb #9a7c0601
+def _read_reward_model(model_id: str, path: Path, dtype: str):
+    "The model of a checkpoint. Raises ValueError where it is no reward model."
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if model.config.num_labels != 1 or any(key.startswith("score.") for key in info["missing_keys"]):
+        raise ValueError(f"{model_id} is no reward model: expected a trained `score` head with 1 output, found "
+                         f"{model.config.num_labels} outputs, missing weights {sorted(info['missing_keys'])}. "
+                         "Athene-RM goes through convert_athene first")
+    return model
+
 # %% ../nbs/06_rewards.ipynb #2a459380
 class RewardModel:
     """A sequence-classification reward model with one output, such as Skywork-Reward-V2 (or a converted Athene).
@@ -190,16 +202,12 @@ class RewardModel:
         progress: bool = True,  # show a bar
     ):
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
 
         path = resolve_model(model_id)
         self.name, self.token_budget, self.progress = f"reward-model:{model_id}", token_budget, progress
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        if model.config.num_labels != 1 or any(key.startswith("score.") for key in info["missing_keys"]):
-            raise ValueError(f"{model_id} is no reward model: expected a trained `score` head with 1 output, found "
-                             f"{model.config.num_labels} outputs, missing weights {sorted(info['missing_keys'])}. "
-                             "Athene-RM goes through convert_athene first")
+        model = _read_reward_model(model_id, path, dtype)
         self.model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.max_length = max_length or model.config.max_position_embeddings
 

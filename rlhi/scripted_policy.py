@@ -130,6 +130,15 @@ def read_style(
         style[name] = name if met[name, name] >= 0.5 else "none"
     return tuple(style[factor] for factor in FACTORS)
 
+# %% ../nbs/11_scripted_policy.ipynb #9a7c1101
+def _draw_style(scores: np.ndarray, rng) -> dict[str, str]:
+    "One option of each factor, drawn with the shares that the scores [options] give."
+    style = {}
+    for factor, block in zip(FACTORS, BLOCKS):
+        share = np.exp(scores[block] - scores[block].max()).cumsum()
+        style[factor] = FACTORS[factor][min(int(np.searchsorted(share, rng.random() * share[-1])), len(block) - 1)]
+    return style
+
 # %% ../nbs/11_scripted_policy.ipynb #c49f590b
 @dataclass
 class ScriptedPolicy(Backend):
@@ -171,10 +180,7 @@ class ScriptedPolicy(Backend):
         known, offset, request = self.read(messages)
         rng = seeded("scripted policy", sampling.seed, number, [(m["role"], m["content"]) for m in messages])
         scores = self.logits(known, offset) / max(sampling.temperature, 1e-6)
-        style = {}
-        for factor, block in zip(FACTORS, BLOCKS):
-            share = np.exp(scores[block] - scores[block].max()).cumsum()
-            style[factor] = FACTORS[factor][min(int(np.searchsorted(share, rng.random() * share[-1])), len(block) - 1)]
+        style = _draw_style(scores, rng)
         named = tuple(pair for i, pair in enumerate(PREFERENCES) if known[i])
         text = write_answer(request, style, named, rng)
         self.seen[text] = tuple(style.values())

@@ -357,14 +357,16 @@ def bench_growth(options, model, tokenizer, pairs):
     for row in rows:
         print(f"| {row['kind']} | {row['prompt']} | {row['n']} | {row['rlhi_s']:.2f} | {row['peer_s']:.2f} | "
               f"{row['peer_s'] / row['rlhi_s']:.2f}x | {row['formula']:.2f}x | {row['rlhi_mib']:.0f} | {row['peer_mib']:.0f} |")
-    two = [row for row in rows if row["kind"] == "pair"]
+    sizes = [row for row in rows if row["kind"] == "pair"]
     weights = sum(w.numel() * w.element_size() for w in model.parameters()) / 2 ** 20
     for side in ("rlhi", "peer"):
-        used = [row[f"{side}_mib"] + weights for row in two]
-        lower = max(sum(mib < 8192 for mib in used[:-1]) - 1, 0)  # the two sizes around 8 GiB, else the two longest
-        slope = (used[lower + 1] - used[lower]) / (two[lower + 1]["prompt"] - two[lower]["prompt"])
-        print(f"longest prompt in 8 GiB with these answers, by the line from {two[lower]['prompt']} to "
-              f"{two[lower + 1]['prompt']}: {side} {two[lower]['prompt'] + (8192 - used[lower]) / slope:,.0f} tokens")
+        # between the two sizes around 8 GiB, or beyond the two that are nearest to it
+        last = max(sum(row[f"{side}_mib"] + weights < 8192 for row in sizes[:-1]), 1)
+        small, large = sizes[last - 1:last + 1]
+        slope = (large[f"{side}_mib"] - small[f"{side}_mib"]) / (large["prompt"] - small["prompt"])
+        longest = small["prompt"] + (8192 - weights - small[f"{side}_mib"]) / slope
+        print(f"longest prompt in 8 GiB with these answers, by the line from {small['prompt']} to {large['prompt']}: "
+              f"{side} {longest:,.0f} tokens")
     if options.save:
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(model.dtype), "shape": options.shape,
                  "checkpointing": options.checkpointing, "repeats": options.repeats, "date": time.strftime("%Y-%m-%d")}
