@@ -24,6 +24,7 @@ class TrainConfig:
     method: str = "dpo"  # "dpo" on pairs, "sft" on the chosen answers
     beta: float = 0.1  # DPO: weight of staying near the reference; the paper's run: 0.1
     loss_type: str = "sigmoid"  # DPO: any of TRL's losses for pairs
+    sft_weight: float = 0.0  # DPO: weight of an added imitation loss on the chosen answers; the paper: 0
     learning_rate: float = 2e-4  # for LoRA; full fine-tuning in the paper's run: 5e-7 to 1e-6
     batch_size: int = 4  # rows per process and forward pass
     token_budget: int = 0  # DPO: most unique tokens of one pass; a batch beyond it takes several; 0: no bound
@@ -47,9 +48,13 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        if self.token_budget and (self.method == "sft" or self.sharing == "none" or self.loss_type.startswith("aot")):
+        if self.sft_weight < 0:
+            raise ValueError(f"sft_weight is {self.sft_weight}; expected 0 or more")
+        if self.token_budget and (self.method == "sft" or self.sharing == "none" or self.sft_weight
+                                  or self.loss_type.startswith(("aot", "sft"))):
             raise ValueError("token_budget splits a batch of pairs, so it needs method dpo, sharing, and a loss that "
-                             f"is a mean over pairs; found {self.method}, sharing {self.sharing}, loss {self.loss_type}")
+                             f"is a mean over pairs; found {self.method}, sharing {self.sharing}, loss {self.loss_type}, "
+                             f"sft_weight {self.sft_weight}")
 
 # %% ../nbs/08_batches.ipynb #b3f0c7f6
 def tokenise(

@@ -143,8 +143,9 @@ def train_adapter(rows: list[dict], options: argparse.Namespace, out: str) -> di
     "Train by the options of a command; the summary says what was done."
     from rlhi.train import train
 
-    done = train(rows, model=options.model, out=out, method=options.loss, beta=options.beta, learning_rate=options.learning_rate, epochs=options.epochs,
-                 batch_size=options.batch_size, lora_r=options.lora_rank, max_length=options.max_length, held_out_share=options.held_out_share, seed=options.seed)
+    done = train(rows, model=options.model, out=out, method=options.loss, beta=options.beta, sft_weight=options.sft_weight,
+                 learning_rate=options.learning_rate, epochs=options.epochs, batch_size=options.batch_size, lora_r=options.lora_rank,
+                 max_length=options.max_length, held_out_share=options.held_out_share, seed=options.seed)
     return {"adapter": done.adapter, "left out": len(done.rejected), **done.summary}
 
 # %% ../nbs/14_cli.ipynb #b3f0c7f6
@@ -311,7 +312,8 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     "How the adapter is trained."
     parser.add_argument("--loss", default="dpo", choices=("dpo", "sft"))
-    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--beta", type=float, default=0.1, help="of DPO: weight of staying near the model before training")
+    parser.add_argument("--sft-weight", type=float, default=0.0, help="of DPO: weight of an added imitation loss on the chosen answers; for few pairs")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch-size", type=int, default=4)

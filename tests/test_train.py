@@ -104,6 +104,16 @@ def test_loss_metrics_and_every_gradient_equal_trl(tokenizer, sharing, loss_type
         assert (packed[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
+def test_an_added_imitation_loss_is_the_weighted_sum_of_both_and_equals_trl(tokenizer):
+    pairs = make_pairs(4)
+    (plain, gradients, _), (packed, ours, _) = trl_and_packed(pairs, tokenizer, "pair", sft_weight=0.7)
+    preferred, imitated = (trl_and_packed(pairs, tokenizer, "pair", loss_type=name)[0][0] for name in ("sigmoid", "sft"))
+    assert plain == pytest.approx(preferred + 0.7 * imitated, rel=1e-6) and abs(imitated) > 0.1
+    assert packed == pytest.approx(plain, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
 def follow_up_pairs(conversations, turns):
     """Pairs of whole conversations: the rejected answer of a turn is part of the next prompt."""
     rows = []
@@ -283,7 +293,10 @@ def test_full_fine_tuning_saves_a_model(tmp_path):
 
 @pytest.mark.parametrize("settings, complaint", [
     ({"betta": 1}, "unknown settings betta; TrainConfig has method, beta"),
-    ({"sharing": "some"}, "expected one of none, pair"), ({"method": "ppo"}, "expected one of dpo, sft")])
+    ({"sharing": "some"}, "expected one of none, pair"), ({"method": "ppo"}, "expected one of dpo, sft"),
+    ({"sft_weight": -1.0}, "sft_weight is -1.0; expected 0 or more"),
+    ({"sft_weight": 0.5, "token_budget": 64}, "a loss that is a mean over pairs; found .* sft_weight 0.5"),
+    ({"loss_type": "sft", "token_budget": 64}, "a loss that is a mean over pairs; found .* loss sft")])
 def test_wrong_settings_are_explained(tmp_path, settings, complaint):
     with pytest.raises(ValueError, match=complaint):
         train(make_pairs(1), "tiny", tmp_path, **settings)
