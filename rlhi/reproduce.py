@@ -226,9 +226,8 @@ def make_plan(
         raise ReproduceError(f"The profile lists notebooks that do not exist: {', '.join(sorted(unknown))}.")
     plan, keys = [], {}
     for experiment in experiments:
-        pieces = ingredients(experiment, profile, root, keys)
-        keys[experiment.name] = _hash(json.dumps(pieces, sort_keys=True))
-        reason = why_run(read_stamp(run, experiment.name), pieces)
+        pieces, stamp = ingredients(experiment, profile, root, keys), read_stamp(run, experiment.name)
+        reason = why_run(stamp, pieces)
         if only and experiment.name not in chosen:
             step = Step(experiment, False, "left out by --only", pieces)
         elif experiment.name not in wanted:
@@ -239,6 +238,8 @@ def make_plan(
             step = Step(experiment, True, reason or ("--force" if force else "--from"), pieces)
         else:
             step = Step(experiment, reason is not None, reason or "up to date", pieces)
+        # What is left out keeps the result it had, perhaps none: whoever needs it runs again once it has run.
+        keys[experiment.name] = _hash(json.dumps(pieces if step.run else stamp.get("pieces"), sort_keys=True))
         plan.append(step)
     return plan
 

@@ -98,6 +98,34 @@ def test_only_and_from_choose(tmp_path):
     assert later[0] == "30_user_eval" and "21_training" not in later
 
 
+def carry_out(plan, folder):
+    """Stamp what a plan would have run, and name it."""
+    (folder / "stamps").mkdir(exist_ok=True)
+    for step in (step for step in plan if step.run):
+        (folder / "stamps" / f"{step.experiment.name}.json").write_text(json.dumps({"pieces": step.pieces}))
+    return [step.experiment.name for step in plan if step.run]
+
+
+def test_the_report_of_a_part_is_written_again_when_the_rest_has_run(tmp_path):
+    values = read_profile("tiny", ROOT)
+    part = ["20", "21", "30", "90"]
+    assert len(carry_out(make_plan(ROOT, values, tmp_path, only=part), tmp_path)) == 4
+    assert carry_out(make_plan(ROOT, values, tmp_path, only=part), tmp_path) == [], "the same part is up to date"
+    whole = make_plan(ROOT, values, tmp_path)
+    assert "changed: result of 31_alpaca_eval" in whole[-1].reason
+    assert {"31_alpaca_eval", "70_costs", "90_report"} <= set(carry_out(whole, tmp_path))
+    assert carry_out(make_plan(ROOT, values, tmp_path), tmp_path) == []
+    assert carry_out(make_plan(ROOT, values, tmp_path, only=part), tmp_path) == []
+
+
+def test_what_was_left_out_does_not_make_others_stale_before_it_runs(tmp_path):
+    values = read_profile("tiny", ROOT)
+    carry_out(make_plan(ROOT, values, tmp_path), tmp_path)
+    other = {**values, "eval_top_p": 0.5}  # of 30_user_eval, which the report needs
+    assert carry_out(make_plan(ROOT, other, tmp_path, only=["90"]), tmp_path) == []
+    assert carry_out(make_plan(ROOT, other, tmp_path), tmp_path) == ["30_user_eval", "90_report"]
+
+
 def run_tiny(folder, *more, wait=True, **variables):
     command = [BIN / "rlhi", "reproduce", "tiny", "--out", str(folder), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
