@@ -104,9 +104,8 @@ def _arguments(config: TrainConfig, folder: Path, steps: int, batches: int, vali
         bf16=half, use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, max_length=None, router_aux_loss_coef=0.0)
     if config.method == "sft":
         return SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, shuffle_dataset=False)
-    added = config.sft_weight > 0
-    return DPOConfig(**common, beta=config.beta, loss_type=[config.loss_type, "sft"][:1 + added],
-                     loss_weights=[1.0, config.sft_weight][:1 + added],
+    losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
+    return DPOConfig(**common, beta=config.beta, loss_type=list(losses), loss_weights=list(losses.values()),
                      precompute_ref_log_probs=config.sharing != "none" or config.lora_r == 0)
 
 # %% ../nbs/08_train.ipynb #761f22b2
