@@ -91,6 +91,11 @@ def trl_and_packed(rows, tokenizer, sharing, loss_type="sigmoid", **settings):
     return results
 
 
+def assert_equal_gradients(plain, packed):
+    for name, gradient in plain.items():
+        assert (packed[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
 @pytest.mark.parametrize("sharing, loss_type", [
     ("pair", "sigmoid"), ("conversation", "ipo"),
     *(pytest.param("pair", name, marks=pytest.mark.slow) for name in (
@@ -100,8 +105,7 @@ def test_loss_metrics_and_every_gradient_equal_trl(tokenizer, sharing, loss_type
     plain, packed = trl_and_packed(make_pairs(4), tokenizer, sharing, loss_type)
     assert packed[0] == pytest.approx(plain[0], rel=1e-5)
     assert packed[2] == pytest.approx(plain[2], rel=1e-4, abs=1e-4)
-    for name, gradient in plain[1].items():
-        assert (packed[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    assert_equal_gradients(plain[1], packed[1])
 
 
 def test_an_added_imitation_loss_is_the_weighted_sum_of_both_and_equals_trl(tokenizer):
@@ -110,8 +114,7 @@ def test_an_added_imitation_loss_is_the_weighted_sum_of_both_and_equals_trl(toke
     preferred, imitated = (trl_and_packed(pairs, tokenizer, "pair", loss_type=name)[0][0] for name in ("sigmoid", "sft"))
     assert plain == pytest.approx(preferred + 0.7 * imitated, rel=1e-6) and abs(imitated) > 0.1
     assert packed == pytest.approx(plain, rel=1e-5)
-    for name, gradient in gradients.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    assert_equal_gradients(gradients, ours)
 
 
 def follow_up_pairs(conversations, turns):
