@@ -43,7 +43,7 @@ class Setting:
     tastes: tuple[str, ...] | None = None  # tastes to choose from; None: all
     shares: tuple[tuple[str, float], ...] = (("honest", 0.85), ("silent", 0.15))  # behaviours of the training users
     noise: float = 0.0  # share of the complaints that ask for something the user does not want
-    classifier: str = "truth"  # of follow-ups: "truth" (an oracle), "local", or a model
+    classifier: str = "truth"  # of follow-ups: "truth" (an oracle), "local", "local-fast", or a model
     scorer: str = "checker"  # of pairs, as `make_scorer` takes it
     requests_limit: int | None = None  # most requests that get candidates
     feedback_limit: int | None = None  # most complaints that get rewrites
@@ -195,14 +195,14 @@ def oracle_followups(
 def read_followups(
     rows: list[dict],  # conversations
     truth: list[dict],  # their sidecar; read by the oracle only
-    classifier: str,  # "truth", "local" or a model
+    classifier: str,  # "truth", "local", "local-fast" or a model
 ) -> list[dict]:  # followups table
     "Follow-ups by the oracle or by a classifier."
     if classifier == "truth":
         return oracle_followups(truth)
-    from rlhi.followups import classify_followups
+    from rlhi.followups import LOCAL, classify_followups
 
-    return classify_followups(rows, "local" if classifier == "local" else load_backend(classifier))
+    return classify_followups(rows, classifier if classifier in LOCAL else load_backend(classifier))
 
 # %% ../nbs/11_arms.ipynb #aa1d3bb0
 WORLD = ("users", "test_users", "conversations", "tastes", "shares", "noise", "classifier", "first_turns", "followups", "seed")

@@ -72,9 +72,9 @@ def load_policy(
 # %% ../nbs/14_cli.ipynb #bd307a3e
 def followups_of(options: argparse.Namespace, rows: list[dict]) -> list[dict]:
     "Rows of the followups table, by the classifier that the command names."
-    from rlhi.followups import classify_followups
+    from rlhi.followups import LOCAL, classify_followups
 
-    return classify_followups(rows, "local" if options.classifier == "local" else load_policy(options.classifier, options))
+    return classify_followups(rows, options.classifier if options.classifier in LOCAL else load_policy(options.classifier, options))
 
 
 def personas_of(options: argparse.Namespace, rows: list[dict], kinds: list[dict]) -> list[dict]:
@@ -278,7 +278,7 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", help="format of the logs; found out from the content if not given")
     parser.add_argument("--limit", type=int, help="read at most so many conversations")
     parser.add_argument("--keep-personal-data", action="store_true", help="do not mask e-mail addresses, phone numbers, keys and the like")
-    parser.add_argument("--classifier", default="local", help="of follow-ups: local (default), or a model")
+    parser.add_argument("--classifier", default="local", help="of follow-ups: local (default), local-fast (no language model reads along), or a model")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -88,12 +88,14 @@ def _row(stage: str, calls: float, read: float, written: float, trained: float =
 # %% ../nbs/12_costs.ipynb #ae8d03f1
 def _pair_stages(p: dict, a: dict[str, float]) -> list[dict]:
     "Everything up to the filtered pairs."
+    from rlhi.followups import LOCAL
+
     simulated = p.get("source") == "simulated"
     users = p["train_users"] + p["test_users"]
     rows = users * p["conversations_per_user"] if simulated else a["conversations"]
     later = rows * (a["turns_per_conversation"] - 1)
     text = a["bytes_per_text_token"]
-    model_reads = p["classifier"] != "local", p["summariser"] != "local"
+    model_reads = p["classifier"] not in LOCAL, p["summariser"] != "local"
     cases = min(p["feedback_limit"] or later, later * a["feedback_share"])
     asked, n = min(p["requests_limit"] or rows, rows), p["candidates"]
     drawn = asked * n

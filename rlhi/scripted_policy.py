@@ -383,12 +383,12 @@ def _read_logs(users: list, conversations: int, seed: int, folder) -> tuple:
 
     rows, truth = simulate_logs(users, conversations, seed)
     if folder is None:
-        followups = classify_followups(rows)
+        followups = classify_followups(rows, "local-fast")
         return rows, truth, followups, infer_personas(rows, followups)
     text = json.dumps([[row["conversation_id"], row["turns"]] for row in rows], sort_keys=True)
     place = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
     if not (place / "personas.parquet").exists():
-        followups = classify_followups(rows)
+        followups = classify_followups(rows, "local-fast")
         write_table(followups, "followups", place / "followups.parquet")
         write_table(infer_personas(rows, followups), "personas", place / "personas.parquet")
     return rows, truth, *(read_table(name, place / f"{name}.parquet") for name in ("followups", "personas"))
