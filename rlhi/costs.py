@@ -116,7 +116,7 @@ def _pair_stages(p: dict, a: dict[str, float]) -> list[dict]:
             (drawn * (1 + ("agnostic" in p["arms"])) + 2 * cases) * (a["prompt_tokens"] + a["answer_tokens"]), 0),
     ]
 
-
+# %% ../nbs/12_costs.ipynb #f0a10005
 def stages(
     profile: dict,  # parameters, as `rlhi.reproduce.read_profile` gives them
     a: dict[str, float],  # of `assumptions`

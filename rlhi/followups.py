@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'CLOSENESS', 'EMBEDDING_SCALE', 'PRIOR', 'ADAPTER', 'READER', 'SENTENCE', 'TAG', 'LOCAL', 'FREQUENT',
            'follow_ups', 'clip', 'feature_matrix', 'read_examples', 'read_threads', 'example_weights', 'fit_weights',
-           'save_weights', 'texts_of', 'train_classifier', 'load_weights', 'kind_probabilities', 'feedback_span',
+           'save_weights', 'load_weights', 'texts_of', 'train_classifier', 'kind_probabilities', 'feedback_span',
            'kind_prompt', 'classify_followups', 'kind_scores', 'bootstrap_scores', 'evaluate_followups', 'class_shares']
 
 # %% ../nbs/04_followups.ipynb #ac3478d6
@@ -123,6 +123,13 @@ def save_weights(weights: np.ndarray, names: list[str], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+@lru_cache(maxsize=1)
+def load_weights() -> dict[str, np.ndarray]:
+    "Shipped weights: feature name -> one weight per kind, in the order of KINDS."
+    table = json.loads((PACKAGE / "data" / "followup_weights.json").read_text(encoding="utf-8"))
+    return {name: np.array(row) for name, row in table.items()}
+
+# %% ../nbs/04_followups.ipynb #f0a10002
 ADAPTER = PACKAGE / "data" / "followup_adapter"
 READER = PACKAGE / "data" / "followup_reader.safetensors"
 
@@ -134,6 +141,16 @@ def texts_of(
     return [(context["message"], context["previous"], context["reply"]) for context in contexts]
 
 
+def _targets(examples: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    "Class and weight of each example."
+    kinds = [e["kind"] for e in examples]
+    return np.array([KINDS.index(kind) for kind in kinds]), example_weights(kinds, [e.get("weight", 1) for e in examples])
+
+
+def _digest(examples: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(examples, ensure_ascii=False).encode()).hexdigest()
+
+
 def train_classifier(
     folder: Path = PACKAGE / "data",  # gets followup_weights.json, followup_adapter/ and followup_reader.safetensors
     examples: list[dict] | None = None,  # as read_examples gives them, which is the default
@@ -143,33 +160,17 @@ def train_classifier(
     "Train the three models of the local classifier; about a quarter of an hour on two cores."
     examples = read_examples() if examples is None else examples
     threads = read_threads() if threads is None else threads
-    kinds, counts = [e["kind"] for e in examples], [e.get("weight", 1) for e in examples]
+    folder, everything = Path(folder), [*examples, *threads]
     first = [e for e in examples if e.get("weight", 1) == 1]  # more of them sharpens the encoder, not this model
     matrix, names = feature_matrix(first)
-    save_weights(fit_weights(matrix, [e["kind"] for e in first]), names, Path(folder) / "followup_weights.json")
-    labels = np.array([KINDS.index(kind) for kind in kinds])
-    train_cross_encoder(texts_of(examples), labels, example_weights(kinds, counts), len(KINDS),
-                        Path(folder) / "followup_adapter", seed=seed)
-    everything = [*examples, *threads]
-    all_kinds, all_counts = [e["kind"] for e in everything], [e.get("weight", 1) for e in everything]
-    fit_reader(read_states(texts_of(everything)), np.array([KINDS.index(kind) for kind in all_kinds]),
-               example_weights(all_kinds, all_counts), Path(folder) / "followup_reader.safetensors")
+    save_weights(fit_weights(matrix, [e["kind"] for e in first]), names, folder / "followup_weights.json")
+    train_cross_encoder(texts_of(examples), *_targets(examples), len(KINDS), folder / ADAPTER.name, seed=seed)
+    fit_reader(read_states(texts_of(everything)), *_targets(everything), folder / READER.name)
     about = {"examples": len(examples), "sha256": _digest(examples), "threads": len(threads),
              "threads_sha256": _digest(threads), "seed": seed}
-    (Path(folder) / "followup_adapter" / "trained_on.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / ADAPTER.name / "trained_on.json").write_text(json.dumps(about, indent=1) + "\n")
 
-
-def _digest(examples: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(examples, ensure_ascii=False).encode()).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def load_weights() -> dict[str, np.ndarray]:
-    "Shipped weights: feature name -> one weight per kind, in the order of KINDS."
-    table = json.loads((PACKAGE / "data" / "followup_weights.json").read_text(encoding="utf-8"))
-    return {name: np.array(row) for name, row in table.items()}
-
-
+# %% ../nbs/04_followups.ipynb #f0a10004
 def kind_probabilities(
     contexts: list[dict],  # message, reply, previous, earlier
     classifier: str = "local",  # "local" or "local-fast"
